@@ -1,0 +1,19 @@
+"""GCFG for ComfyUI: guidance from several diffusion models at once."""
+
+import sys
+
+NODE_CLASS_MAPPINGS = {}
+NODE_DISPLAY_NAME_MAPPINGS = {}
+WEB_DIRECTORY = "./web"
+
+# ComfyUI has imported its `folder_paths` before it loads any pack; the trainer and the tests, which import this
+# package under its installed name, have not, and must not load ComfyUI with it.
+if "folder_paths" in sys.modules:
+    from .nodes import guidance, sampling
+
+    for topic in (guidance, sampling):
+        for node_id, display_name, node in topic.NODES:
+            NODE_CLASS_MAPPINGS[node_id] = node
+            NODE_DISPLAY_NAME_MAPPINGS[node_id] = display_name
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

@@ -1,0 +1,108 @@
+"""The equation: a weighted sum of guidance deltas around one unconditional prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .errors import GuidanceError
+from .masks import fit_mask
+from .plan import WEIGHT_TOLERANCE, ActiveTerm, total_weight
+
+
+class ShapeError(GuidanceError):
+    """Predictions that are to be combined have different shapes."""
+
+
+def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> Tensor:
+    """Weighted guidance sum around one unconditional prediction.
+
+        denoised = base + sum_i w_i m_i (terms_i - base)        # GCFG, Cao et al. 2023, Eq. 3
+
+    The coefficients sum to one, so the same formula holds for `denoised` and for `eps` at one `x` and `sigma`, and any
+    prediction may be the pivot. Without a base (its coefficient `1 - sum_i w_i` is 0) the pivot is the prediction of
+    the smallest weight, which makes two terms of weights `w` and `1 - w` exactly stock classifier-free guidance with a
+    negative prompt (Eq. 7).
+
+    Args:
+        base: unconditional prediction, (B, C, *spatial), or None where its coefficient is 0.
+        predictions: one conditional prediction per term, each of the base's shape.
+        terms: weight, mask and label of each prediction; a mask scales the *delta* of its term.
+
+    Returns:
+        The combined prediction, (B, C, *spatial).
+
+    Raises:
+        ShapeError: if shapes differ; names the term's label.
+        GuidanceError: if there is nothing to combine, or the base is missing although it is needed.
+    """
+    pivot, deltas = _pivot(base, predictions, terms)
+    _check_shapes(pivot, predictions, terms)
+    denoised = pivot
+    for prediction, term in deltas:
+        denoised = denoised + _delta(prediction, pivot, term) * term.weight
+    return denoised
+
+
+def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> tuple[Tensor, float]:
+    """The one conditional prediction and scale that stand for all terms in classifier-free guidance.
+
+        cond = base + sum_i (w_i / W) m_i (terms_i - base)      # W = sum_i w_i is the scale, and
+        base + W (cond - base)                                  # is Eq. 3 again
+
+    Hooks written for two predictions (rescale, thresholding, perturbed attention) see these. Where the weights cancel
+    (W is about 0) the scale is 1 and `cond` carries the whole sum.
+
+    Args:
+        base: unconditional prediction, (B, C, *spatial).
+        predictions: one conditional prediction per term.
+        terms: weight, mask and label of each prediction.
+
+    Returns:
+        `cond` of the base's shape, and the scale.
+
+    Raises:
+        ShapeError: if shapes differ; names the term's label.
+    """
+    _check_shapes(base, predictions, terms)
+    weight = total_weight(terms)
+    if len(terms) == 1 and terms[0].mask is None:
+        return predictions[0], weight
+    scale = weight if abs(weight) > WEIGHT_TOLERANCE else 1.0
+    cond = base
+    for prediction, term in zip(predictions, terms, strict=True):
+        cond = cond + _delta(prediction, base, term) * (term.weight / scale)
+    return cond, scale
+
+
+def _pivot(
+    base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]
+) -> tuple[Tensor, list[tuple[Tensor, ActiveTerm]]]:
+    """The prediction that deltas are measured from, and the (prediction, term) pairs left to add."""
+    pairs = list(zip(predictions, terms, strict=True))
+    if base is not None:
+        return base, pairs
+    if not pairs:
+        raise GuidanceError("combine: nothing to combine, expected a base or at least one prediction, got neither.")
+    if abs(total_weight(terms) - 1.0) > WEIGHT_TOLERANCE or any(term.mask is not None for term in terms):
+        raise GuidanceError(
+            f"combine: base is None, expected a prediction because its coefficient is not 0 everywhere "
+            f"(the unmasked weights sum to {total_weight(terms):g}); evaluate the unconditional model."
+        )
+    lowest = min(range(len(pairs)), key=lambda i: terms[i].weight)
+    return predictions[lowest], pairs[:lowest] + pairs[lowest + 1 :]
+
+
+def _delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
+    delta = prediction - pivot
+    return delta if term.mask is None else delta * fit_mask(term.mask, delta)
+
+
+def _check_shapes(pivot: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> None:
+    for prediction, term in zip(predictions, terms, strict=True):
+        if prediction.shape != pivot.shape:
+            raise ShapeError(
+                f"Guidance Term '{term.label}': prediction has shape {tuple(prediction.shape)}, expected "
+                f"{tuple(pivot.shape)} like the unconditional model's; use models of one latent family."
+            )

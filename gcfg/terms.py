@@ -1,0 +1,59 @@
+"""One guidance of the sum: a weight, and what is weighted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .errors import GuidanceError
+from .masks import check_mask
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceTerm:
+    """One weighted guidance delta, w (eps_i(x, c) - eps_0(x)) in Eq. 3 of Cao et al. 2023.
+
+    Attributes:
+        weight: guidance weight w_i, any finite number; negative pushes away.
+        start_percent: where in the sampling the term begins to act, 0 (pure noise) to 1 (clean).
+        end_percent: where it stops, at least `start_percent`.
+        model: the model that predicts it, or None for the unconditional model. Opaque to this library.
+        conditioning: its conditioning, or None for the unconditional one. Opaque to this library.
+        mask: (N, H, W) in [0, 1], where the delta acts, or None for everywhere.
+        label: the user's name for it.
+
+    Raises:
+        GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is
+            empty.
+    """
+
+    weight: float
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    model: Any = None
+    conditioning: Any = None
+    mask: Tensor | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"
+        if not math.isfinite(self.weight):
+            raise GuidanceError(
+                f"{name}: weight is {self.weight}, expected a finite number; type a number such as 1.5 or -2."
+            )
+        for field in ("start_percent", "end_percent"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise GuidanceError(
+                    f"{name}: {field} is {getattr(self, field):g}, expected 0 (pure noise) to 1 (the clean image); "
+                    f"correct it."
+                )
+        if self.start_percent > self.end_percent:
+            raise GuidanceError(
+                f"{name}: start_percent is {self.start_percent:g} and end_percent is {self.end_percent:g}, expected "
+                f"start_percent <= end_percent; swap them."
+            )
+        if self.mask is not None:
+            object.__setattr__(self, "mask", check_mask(self.mask, self.label))

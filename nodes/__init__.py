@@ -1,0 +1,1 @@
+"""The nodes: thin classes that read inputs and call `gcfg` through `runtime`."""

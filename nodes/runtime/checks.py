@@ -1,0 +1,109 @@
+"""What can be combined: checks made before anything is loaded, each with one sentence for the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_sampling
+
+from ...gcfg.errors import GuidanceError
+from ...gcfg.plan import GuidancePlan
+from .versions import latent_shapes
+
+_PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
+
+
+def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> None:
+    """Refuse models and conditionings that cannot be summed around `base`.
+
+    Raises:
+        GuidanceError: if a conditioning is empty or of the wrong width, or a model of another latent family or another
+            kind of noise schedule.
+    """
+    _check_conditioning(f"{node}: unconditional", unconditional, base)
+    for scheduled in plan.terms:
+        term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
+        if term.model is None and term.conditioning is None:
+            raise GuidanceError(
+                f"{name}: neither model nor conditioning is connected, expected at least one, because without them the "
+                f"term predicts the unconditional itself and changes nothing; connect one."
+            )
+        model = base if term.model is None else term.model
+        _check_latent_format(name, model, base)
+        _check_schedule(name, model, base)
+        conditioning = unconditional if term.conditioning is None else term.conditioning
+        _check_conditioning(f"{name}: conditioning", conditioning, model)
+
+
+def check_latent(node: str, base: Any, latent_image: Any) -> None:
+    """Refuse a latent image whose channels are not the model's.
+
+    Raises:
+        GuidanceError: if they differ.
+    """
+    expected = base.get_model_object("latent_format").latent_channels
+    for shape in latent_shapes(latent_image):
+        if shape[1] != expected and len(latent_shapes(latent_image)) == 1:
+            raise GuidanceError(
+                f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
+                f"with; encode the image with the VAE of this model."
+            )
+
+
+def warn_ignored_hooks(lanes: Sequence[Any], hooks: Sequence[str]) -> None:
+    """Say that guidance hooks (rescale, thresholding ...) act once, on the whole sum, from the sampled model only."""
+    for lane in lanes[1:]:
+        found = [hook for hook in hooks if hook in lane.patcher.model_options]
+        found = [hook for hook in found if lane.patcher.model_options[hook] is not None]
+        base = lanes[0].patcher.model_options
+        if any(base.get(hook) is None for hook in found):
+            logging.warning(
+                "GCFG: a term's model (%s) carries guidance hooks (%s) that are not used; put them on the model of the "
+                "sampler, where they act on the whole sum.",
+                type(lane.patcher.model).__name__,
+                ", ".join(found),
+            )
+
+
+def _check_latent_format(name: str, model: Any, base: Any) -> None:
+    found, expected = model.get_model_object("latent_format"), base.get_model_object("latent_format")
+    if found.latent_channels != expected.latent_channels:
+        raise GuidanceError(
+            f"{name}: latent has {found.latent_channels} channels, expected {expected.latent_channels} as the "
+            f"unconditional model works with; use models of one latent family."
+        )
+    if type(found).__name__ != type(expected).__name__:
+        raise GuidanceError(
+            f"{name}: latent format is {type(found).__name__}, expected {type(expected).__name__} like the "
+            f"unconditional model's; use models of one latent family."
+        )
+
+
+def _check_schedule(name: str, model: Any, base: Any) -> None:
+    found, expected = (_kind(patcher.get_model_object("model_sampling")) for patcher in (model, base))
+    if found != expected:
+        raise GuidanceError(
+            f"{name}: model is a {found} model, expected a {expected} model like the unconditional one, because their "
+            f"noise levels mean different things; use two models of one kind."
+        )
+
+
+def _kind(model_sampling: Any) -> str:
+    return "flow" if isinstance(model_sampling, comfy.model_sampling.CONST) else "diffusion (eps or v)"
+
+
+def _check_conditioning(name: str, conditioning: Any, model: Any) -> None:
+    if not conditioning or any(len(entry) != _PAIR for entry in conditioning):
+        raise GuidanceError(f"{name} is empty, expected at least one prompt; connect a CLIP Text Encode node.")
+    config = getattr(getattr(model.model, "model_config", None), "unet_config", {})
+    expected = config.get("context_dim")
+    if not isinstance(expected, int):
+        return
+    for tensor, _ in conditioning:
+        if tensor is not None and tensor.shape[-1] != expected:
+            raise GuidanceError(
+                f"{name} is {tensor.shape[-1]} wide, expected {expected} for this model; encode the prompt with the "
+                f"CLIP that belongs to the model."
+            )

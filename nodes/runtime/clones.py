@@ -1,0 +1,203 @@
+"""Clones that differ get weights of their own.
+
+`ModelPatcher.clone()` shares its module: two clones with different LoRAs, weight wrappers, injections or object
+patches, loaded together, silently evaluate the same weights (whichever was loaded last). So in every family of clones
+one keeps the shared module, and each differing one gets a private copy of the *clean* module, which ComfyUI then loads
+and patches like any other model. The copy's parameters share storage with the original until they are patched or
+moved, so on the CPU it costs the patched weights, and on a GPU one more model. It lives as long as its patcher.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import types
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...gcfg.errors import GuidanceError
+from .versions import is_dynamic, unload
+
+# What changes the weights or modules that an evaluation sees, besides `patches`.
+_WEIGHT_STATE = ("object_patches", "weight_wrapper_patches", "injections")
+
+_copies: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
+
+
+def separate(patchers: Sequence[Any], in_place: bool = False) -> list[Any]:
+    """The patchers, with a private module for each that would otherwise overwrite another's weights.
+
+    Args:
+        patchers: the models of one run; the first of each family keeps the shared module.
+        in_place: whether the run writes into weights in place (weight hooks), so that storage must not be shared.
+
+    Returns:
+        One patcher for each of `patchers`, in their order; the same object where nothing had to be done.
+
+    Raises:
+        GuidanceError: if a patcher cannot be separated.
+    """
+    result: list[Any] = []
+    for patcher in patchers:
+        owner = next((seen for seen in result if seen.model is patcher.model), None)
+        if owner is None or same_weights(owner, patcher):
+            result.append(patcher)
+            continue
+        twin = next(
+            (seen for original, seen in zip(patchers, result, strict=False) if same_weights(original, patcher)), None
+        )
+        result.append(_cached_copy(patcher, in_place) if twin is None else _on_module_of(twin, patcher))
+    return result
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether two patchers evaluate the same weights and modules. Compared by identity, not by what they promise."""
+    return a is b or (a.model is b.model and _same_state(a, b))
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two nested containers hold the very same objects (or equal plain values)."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(identical(x, y) for x, y in zip(a, b, strict=True))
+    return isinstance(a, (int, float, str, bool)) and bool(a == b)
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    return (
+        identical(a.patches, b.patches)
+        and all(identical(getattr(a, name, {}), getattr(b, name, {})) for name in _WEIGHT_STATE)
+        and getattr(a, "force_cast_weights", False) == getattr(b, "force_cast_weights", False)
+    )
+
+
+def _cached_copy(patcher: Any, in_place: bool) -> Any:
+    kept = _copies.get(patcher)
+    if kept is not None and kept[0] == in_place and _same_state(kept[1], patcher):
+        return _on_module_of(kept[1], patcher)
+    private = _private_copy(patcher, in_place)
+    _copies[patcher] = (in_place, private)
+    return private
+
+
+def _on_module_of(private: Any, patcher: Any) -> Any:
+    """A patcher whose options are those of `patcher` today and whose module is the private one."""
+    if identical(private.model_options, patcher.model_options):
+        return private
+    fresh = patcher.clone()
+    fresh.model = private.model
+    for name in _MODULE_STATE:
+        if hasattr(private, name):
+            setattr(fresh, name, getattr(private, name))
+    fresh.parent = private  # ComfyUI falls back to the parent when the clone dies; it must be of the same module
+    return fresh
+
+
+# What a patcher remembers about the state of its module; clones share these objects.
+_MODULE_STATE = ("backup", "backup_buffers", "object_patches_backup", "hook_backup", "pinned", "_current_device")
+
+
+def _private_copy(patcher: Any, in_place: bool) -> Any:
+    name = type(patcher.model).__name__
+    if is_dynamic(patcher):
+        return _reloaded(patcher, name)
+    _refuse_captured_modules(patcher, name)
+    unload(patcher)
+    private = patcher.clone()
+    private.model = _copy_module(patcher.model, share_storage=not (in_place or patcher.weight_inplace_update))
+    private.parent = None
+    for attribute in _MODULE_STATE:
+        if hasattr(private, attribute):
+            fresh = private.offload_device if attribute == "_current_device" else type(getattr(private, attribute))()
+            setattr(private, attribute, fresh)
+    if hasattr(private, "cached_hook_patches"):
+        private.cached_hook_patches, private.current_hooks = {}, None
+    if hasattr(private, "clone_base_uuid"):
+        private.clone_base_uuid = uuid.uuid4()
+    logging.info("GCFG: %s is used twice with different patches, so the second got weights of its own.", name)
+    return private
+
+
+def _reloaded(patcher: Any, name: str) -> Any:
+    try:
+        return patcher.clone(force_deepcopy=True)
+    except RuntimeError as error:
+        raise GuidanceError(
+            f"GCFG: {name} is used twice with different patches and cannot be copied ({error}); load the model for one "
+            f"of the terms from a second file."
+        ) from error
+
+
+def _copy_module(model: torch.nn.Module, share_storage: bool) -> torch.nn.Module:
+    """A deep copy whose parameters are new objects, so that patching or moving one model leaves the other alone."""
+    memo: dict[int, Any] = {id(getattr(model, key, None)): getattr(model, key, None) for key in ("model_config",)}
+    memo[id(getattr(model, "current_patcher", None))] = None
+    for key, parameter in model.named_parameters():
+        if type(parameter) is not torch.nn.Parameter or type(parameter.data) is not torch.Tensor:
+            raise GuidanceError(
+                f"GCFG: {type(model).__name__} is used twice with different patches, and its weight {key} is of the "
+                f"special kind {type(parameter.data).__name__}, which cannot be copied safely; load the model for one "
+                f"of the terms from a second file."
+            )
+        data = parameter.data if share_storage else parameter.data.clone()
+        memo[id(parameter)] = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise GuidanceError(
+            f"GCFG: {type(model).__name__} is used twice with different patches and cannot be copied ({error}); load "
+            f"the model for one of the terms from a second file."
+        ) from error
+
+
+def _refuse_captured_modules(patcher: Any, name: str) -> None:
+    """An object patch that holds on to a piece of the shared module would go on using the shared weights."""
+    shared = {id(module) for module in patcher.model.modules()} | {id(p) for p in patcher.model.parameters()}
+    for key, value in patcher.object_patches.items():
+        if any(id(part) in shared for part in _reachable(value)):
+            raise GuidanceError(
+                f"GCFG: {name} is used twice with different patches, and the patch on '{key}' holds a part of the "
+                f"shared model, so the two cannot be separated; load the model for one of the terms from a second file."
+            )
+
+
+def _reachable(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Modules and parameters that an object patch can get at: itself, bound methods, closures, partials, attributes."""
+    yield value
+    if isinstance(value, torch.nn.Module):
+        yield from value.modules()
+        yield from value.parameters()
+    if depth == 0 or isinstance(value, (torch.Tensor, str, int, float, type, types.ModuleType)):
+        return
+    inner: list[Any] = []
+    if isinstance(value, types.MethodType):
+        inner = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+    elif isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        inner = list(value)
+    elif hasattr(value, "__dict__"):
+        inner = list(vars(value).values())
+    for part in inner:
+        yield from _reachable(part, depth - 1)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a cell that is not yet assigned
+        return False

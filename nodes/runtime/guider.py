@@ -1,0 +1,280 @@
+"""The guider: ComfyUI's own sampling, with the guidance sum in place of classifier-free guidance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+from torch import Tensor, zeros_like
+
+from ...gcfg.combine import combine, effective_cond
+from ...gcfg.errors import GuidanceError
+from ...gcfg.masks import resize_mask
+from ...gcfg.plan import ActiveTerm, GuidancePlan, ScheduledTerm, needs_base
+from ...gcfg.terms import GuidanceTerm
+from . import checks, versions
+from .lanes import BASE, FIRST, Lane, build_lanes, covers, has_range, holds_image, load_lanes, predict
+
+_CFG_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+
+
+class GCFGGuider(comfy.samplers.CFGGuider):
+    """Guider that sums weighted deltas of several models around one unconditional model.
+
+        denoised = D_0 + sum_i w_i (D_i - D_0)          # GCFG, Cao et al. 2023, Eq. 3
+
+    `sample()` and everything around it stay ComfyUI's; only `inner_sample` (where the further models are prepared) and
+    `predict_noise` (where they are evaluated) are ours.
+
+    Raises:
+        GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
+    """
+
+    def __init__(self, model_patcher: Any, unconditional: Any, terms: Sequence[GuidanceTerm], node: str) -> None:
+        super().__init__(model_patcher)
+        if not terms:
+            raise GuidanceError(
+                f"{node}: no guidance term is connected, expected at least one; connect the terms output of a "
+                f"Guidance Term node to term_1."
+            )
+        sampling = model_patcher.get_model_object("model_sampling")
+        self.node = node
+        self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
+        self.cfg = sum(term.weight for term in terms)
+        checks.check_run(node, model_patcher, unconditional, self.plan)
+        conds = [unconditional if term.conditioning is None else term.conditioning for term in terms]
+        self.keys = _keys(conds)
+        self.inner_set_conds({**dict(zip(self.keys, conds, strict=True)), BASE: unconditional})
+
+    def set_conds(self, positive: Any, negative: Any) -> None:
+        """Ignored: the terms bring the conditionings. Some samplers set them on every guider they are given."""
+
+    def set_cfg(self, cfg: float) -> None:
+        """Ignored: the terms bring the weights."""
+
+    def sample(
+        self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, denoise_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """Stock sampling, which leaves every model as it found it even when it fails or is interrupted."""
+        if sigmas.shape[-1] == 0:
+            return latent_image
+        checks.check_latent(self.node, self.model_patcher, latent_image)
+        used = self._used(sigmas)
+        try:
+            self._build_lanes(used)
+            return super().sample(noise, latent_image, sampler, sigmas, denoise_mask, **kwargs)
+        except BaseException:
+            # Stock sampling cleans ControlNets only after a good run.
+            comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
+            raise
+        finally:
+            for name in ("lanes", "conds", "ranged", "step_plan", "inner_model", "loaded_models"):
+                self.__dict__.pop(name, None)
+
+    def _used(self, sigmas: Tensor) -> list[int]:
+        """The terms that can act in this run; says which never do."""
+        steps = [float(sigma) for sigma in sigmas[:-1]] or [float(sigmas[0])]
+        for idle in self.plan.idle(steps):
+            logging.warning(
+                "Guidance Term '%s': no step of this run lies between %g and %g of the noise schedule, so the term "
+                "never becomes active; widen start_percent and end_percent, or take more steps.",
+                idle.label,
+                idle.term.start_percent,
+                idle.term.end_percent,
+            )
+        return list(self.plan.used(steps))
+
+    def _build_lanes(self, used: Sequence[int]) -> None:
+        keys = [self.keys[index] for index in used]
+        conds = {key: self.original_conds[key] for key in [*keys, BASE]}
+        base = self.model_patcher
+        models = [self.plan.terms[index].term.model for index in used]
+        models = [base if model is None else versions.without_dynamic_hooks(model, conds) for model in models]
+        self.lanes: list[Lane] = build_lanes(base, models, keys, versions.has_weight_hooks(conds))
+        checks.warn_ignored_hooks(self.lanes, _CFG_HOOKS)
+
+    def inner_sample(
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        device: Any,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Any,
+        callback: Any,
+        disable_pbar: bool,
+        seed: int,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Prepare every further model, then run stock sampling; put everything back whatever happens."""
+        base, *others = self.lanes
+        conds = self.conds
+        self.step_plan = self._with_fitted_masks(noise)
+        shifted = self.inner_model.process_latent_in(latent_image) if holds_image(latent_image) else latent_image
+        started: list[Lane] = []
+        try:
+            for lane in self.lanes:  # the unconditional one last, the order in which stock code spreads areas
+                lane.conds = {key: conds[key] for key in sorted(lane.keys, key=lambda key: key == BASE)}
+            for lane in others:
+                started.append(lane)
+                lane.options = versions.prepare_options(lane.patcher, lane.conds, sigmas, device)
+            if others:
+                load_lanes(self.lanes, noise.shape, self.loaded_models)
+            for lane in others:
+                versions.start_run(lane.patcher)
+                processed = comfy.samplers.process_conds(
+                    lane.patcher.model, noise, _first_named(lane), device, shifted, denoise_mask, seed, **kwargs
+                )
+                lane.conds = dict(zip(lane.keys, processed.values(), strict=True))
+            versions.activate(base.patcher)
+            self.conds = base.conds  # stock code processes these, and takes over our dict
+            return super().inner_sample(
+                noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs
+            )
+        finally:
+            self.conds = {**conds, **self._all_conds()}
+            for lane in reversed(started):
+                versions.end_run(lane.patcher, lane.options)
+            versions.activate(base.patcher)
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
+        """The guided denoised prediction at one noise level.
+
+        Args:
+            x: noisy latent, (B, C, *spatial).
+            timestep: sigma, (B,).
+            model_options: the sampled model's options at this step.
+            seed: unused here, part of ComfyUI's signature.
+        """
+        options = model_options or {}
+        base_lane = self.lanes[0]
+        if base_lane.conds is not self.conds:  # stock code has just processed them
+            base_lane.conds = self.conds
+            self.conds = base_lane.conds = {**self._all_conds(), **self.conds}
+            self.ranged = {key for key, conds in self.conds.items() if has_range(conds)}
+        terms = self._active(timestep)
+        hooked = any(name in options for name in _CFG_HOOKS)
+        with_base = (
+            not terms
+            or needs_base(terms)
+            or options.get("disable_cfg1_optimization", False)
+            or (hooked and len(terms) > 1)
+        )
+        if with_base:
+            self._check_base_covers(timestep)
+        wanted = {self.keys[term.index] for term in terms} | ({BASE} if with_base else set())
+        predictions: dict[str, Tensor] = {}
+        for lane in reversed(self.lanes):  # the base last: hooks that evaluate the model again find it active
+            step_options = options if lane is base_lane else lane.options
+            keys = [key for key in lane.keys if key in wanted]
+            predictions.update(predict(lane, keys, x, timestep, step_options))
+        base = predictions.get(BASE)
+        outputs = [predictions[self.keys[term.index]] for term in terms]
+        if not hooked:
+            return combine(base, outputs, terms) if terms else predictions[BASE]
+        return self._hooked(base, outputs, terms, x, timestep, options)
+
+    def _hooked(
+        self,
+        base: Tensor | None,
+        outputs: list[Tensor],
+        terms: Sequence[ActiveTerm],
+        x: Tensor,
+        sigma: Tensor,
+        options: dict,
+    ) -> Tensor:
+        """The same sum as stock guidance of one effective conditional prediction, so that cfg hooks apply to it."""
+        model = self.inner_model
+        uncond = self.conds[BASE] if base is not None else None
+        base = zeros_like(x) if base is None else base  # what stock hooks are given at a scale of 1
+        cond_denoised, scale = effective_cond(base, outputs, terms)
+        cond = self._cond_for_hooks(terms)
+        out = [cond_denoised, base]
+        for hook in options.get("sampler_pre_cfg_function", []):
+            out = hook(
+                {
+                    "conds": [cond, uncond],
+                    "conds_out": out,
+                    "cond_scale": scale,
+                    "timestep": sigma,
+                    "input": x,
+                    "sigma": sigma,
+                    "model": model,
+                    "model_options": options,
+                }
+            )
+        return comfy.samplers.cfg_function(
+            model, out[0], out[1], scale, x, sigma, model_options=options, cond=cond, uncond=uncond
+        )
+
+    def _cond_for_hooks(self, terms: Sequence[ActiveTerm]) -> list[dict]:
+        """The conditioning that a hook may evaluate again: the heaviest term's that runs on the sampled model."""
+        on_base = [term for term in terms if self.keys[term.index] in self.lanes[0].keys]
+        if not on_base:
+            return self.conds[BASE]
+        return self.conds[self.keys[max(on_base, key=lambda term: abs(term.weight)).index]]
+
+    def _active(self, timestep: Tensor) -> tuple[ActiveTerm, ...]:
+        """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out."""
+        if not self.ranged and not self.step_plan.needs_sigma:
+            return self.step_plan.active(0.0)  # no host synchronisation where no weight depends on sigma
+        sigma = float(timestep[0])
+        return tuple(
+            term
+            for term in self.step_plan.active(sigma)
+            if self.keys[term.index] not in self.ranged or covers(self.conds[self.keys[term.index]], sigma)
+        )
+
+    def _check_base_covers(self, timestep: Tensor) -> None:
+        if BASE in self.ranged and not covers(self.conds[BASE], float(timestep[0])):
+            raise GuidanceError(
+                f"{self.node}: unconditional is limited to a part of the sampling and has no prompt at sigma "
+                f"{float(timestep[0]):g}, expected one at every step; combine it with a conditioning for the rest."
+            )
+
+    def _all_conds(self) -> dict[str, list[dict]]:
+        return {key: conds for lane in self.lanes for key, conds in lane.conds.items()}
+
+    def _with_fitted_masks(self, noise: Tensor) -> GuidancePlan:
+        """The plan with masks of the latent's size and device, so that no step has to bring them there."""
+        size = (noise.shape[-2], noise.shape[-1])
+
+        def fitted(scheduled: ScheduledTerm) -> ScheduledTerm:
+            if scheduled.term.mask is None:
+                return scheduled
+            mask = resize_mask(scheduled.term.mask.to(noise.device), size)
+            return replace(scheduled, term=replace(scheduled.term, mask=mask))
+
+        return replace(self.plan, terms=tuple(map(fitted, self.plan.terms)))
+
+
+def _keys(conds: Sequence[Any]) -> list[str]:
+    """A name for each term's conditioning.
+
+    Stock sampling spreads GLIGEN boxes, and ControlNets of the plain "Apply ControlNet" node, from the conditioning
+    named "positive" to the others of the same model, so that name goes to the first term that has any.
+    """
+    spreading = (
+        index
+        for index, cond in enumerate(conds)
+        if any("gligen" in entry[1] or entry[1].get("control_apply_to_uncond", False) for entry in cond)
+    )
+    first = next(spreading, 0)
+    return [FIRST if index == first else f"term_{index + 1}" for index in range(len(conds))]
+
+
+def _first_named(lane: Lane) -> dict[str, list[dict]]:
+    """A lane's conditionings under names of which one is "positive", as stock processing wants."""
+    if FIRST in lane.keys:
+        return dict(lane.conds)
+    spreading = (
+        key
+        for key, conds in lane.conds.items()
+        if any("gligen" in cond or cond.get("control_apply_to_uncond", False) for cond in conds)
+    )
+    first = next(spreading, lane.keys[0])
+    return {FIRST if key == first else key: conds for key, conds in lane.conds.items()}

@@ -1,0 +1,113 @@
+"""What the stock KSampler nodes do around their guider, with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...gcfg.terms import GuidanceTerm
+from . import versions
+from .guider import GCFGGuider
+
+SAMPLERS = comfy.samplers.KSampler.SAMPLERS
+SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
+
+
+def sample_latent(
+    node: str,
+    model: Any,
+    unconditional: Any,
+    terms: Sequence[GuidanceTerm],
+    latent: dict[str, Any],
+    *,
+    seed: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float = 1.0,
+    add_noise: bool = True,
+    start_step: int | None = None,
+    last_step: int | None = None,
+    force_full_denoise: bool = False,
+) -> dict[str, Any]:
+    """Sample a latent with GCFG as the stock KSampler (Advanced) does with CFG.
+
+    Args:
+        node: the node's name, for errors.
+        model: the unconditional model.
+        unconditional: its conditioning.
+        terms: the guidance terms.
+        latent: ComfyUI's latent dictionary.
+        seed: of the noise.
+        steps: number of steps of the whole schedule.
+        sampler_name: one of `SAMPLERS`.
+        scheduler: one of `SCHEDULERS`.
+        denoise: how much of the schedule is run, 0 to 1.
+        add_noise: whether noise is added to the latent first.
+        start_step: first step to run, or None.
+        last_step: step to stop at, or None.
+        force_full_denoise: whether to end at sigma 0 even when stopping early.
+
+    Returns:
+        A copy of `latent` with new samples.
+
+    Raises:
+        GuidanceError: see `GCFGGuider`.
+    """
+    guider = GCFGGuider(model, unconditional, terms, node)
+    image = versions.fix_empty_latent(model, latent)
+    noise = (
+        comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+        if add_noise
+        else torch.zeros(image.size(), dtype=image.dtype, layout=image.layout, device="cpu")
+    )
+    stock = comfy.samplers.KSampler(
+        guider.model_patcher,
+        steps=steps,
+        device=model.load_device,
+        sampler=sampler_name,
+        scheduler=scheduler,
+        denoise=denoise,
+        model_options=model.model_options,
+    )
+    sigmas = cut_sigmas(stock.sigmas, start_step, last_step, force_full_denoise)
+    samples = guider.sample(
+        noise,
+        image,
+        comfy.samplers.sampler_object(stock.sampler),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=versions.progress_bar_disabled(),
+        seed=seed,
+    )
+    out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+    out["samples"] = versions.to_intermediate(samples)
+    return out
+
+
+def cut_sigmas(sigmas: Tensor, start_step: int | None, last_step: int | None, force_full_denoise: bool) -> Tensor:
+    """The part of a schedule that KSampler (Advanced) runs.
+
+    Args:
+        sigmas: (steps + 1,), falling.
+        start_step: first step, or None.
+        last_step: step to stop at, or None.
+        force_full_denoise: whether the last sigma becomes 0.
+
+    Returns:
+        The sigmas to run; empty where nothing is left to do.
+    """
+    if last_step is not None and last_step < len(sigmas) - 1:
+        sigmas = sigmas[: last_step + 1].clone()
+        if force_full_denoise:
+            sigmas[-1] = 0
+    if start_step is not None:
+        sigmas = sigmas[start_step:] if start_step < len(sigmas) - 1 else sigmas[:0]
+    return sigmas

@@ -1,0 +1,175 @@
+"""The models of one run: which terms are evaluated together, and with what.
+
+A lane is a set of predictions that use the same weights and options, so that one call can batch them. The first lane is
+that of the unconditional model; stock sampling prepares it, the others are prepared here, each with its own options,
+hooks and conditionings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from . import versions
+from .clones import identical, same_weights, separate
+
+BASE = "negative"  # the names that previews and other packs read from a guider
+FIRST = "positive"
+
+
+@dataclass(eq=False)
+class Lane:
+    """Predictions of one model with one set of options.
+
+    Attributes:
+        patcher: the model.
+        keys: the names of its conditionings, in the order of the terms; `BASE` is the unconditional one.
+        conds: its processed conditionings by key, filled while a run is on.
+        options: its model options for this run.
+    """
+
+    patcher: Any
+    keys: list[str] = field(default_factory=list)
+    conds: dict[str, list[dict]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def takes(self, patcher: Any) -> bool:
+        """Whether a prediction of that model may share this lane's calls."""
+        return patcher is self.patcher or (same_weights(patcher, self.patcher) and same_options(patcher, self.patcher))
+
+
+def same_options(a: Any, b: Any) -> bool:
+    """Whether two patchers call their model in the same way: options, wrappers, callbacks, all the same objects."""
+    return all(
+        identical(getattr(a, name, {}), getattr(b, name, {})) for name in ("model_options", "wrappers", "callbacks")
+    )
+
+
+def build_lanes(base: Any, models: Sequence[Any], keys: Sequence[str], in_place: bool) -> list[Lane]:
+    """Sort the terms into lanes.
+
+    Args:
+        base: the unconditional model.
+        models: each term's model.
+        keys: each term's conditioning key.
+        in_place: whether weight hooks write into weights while sampling.
+    """
+    patchers = separate([base, *models], in_place)
+    lanes = [Lane(patchers[0], [BASE])]
+    for patcher, key in zip(patchers[1:], keys, strict=True):
+        lane = next((lane for lane in lanes if lane.takes(patcher)), None)
+        if lane is None:
+            lane = Lane(patcher)
+            lanes.append(lane)
+        lane.keys.append(key)
+    return lanes
+
+
+def load_lanes(lanes: Sequence[Lane], noise_shape: Sequence[int], further: Sequence[Any]) -> None:
+    """Load every model of the run with one request, so that none evicts another.
+
+    The lanes are evaluated one after the other, so the activations of the hungriest one are what must fit beside all
+    weights.
+
+    Args:
+        lanes: all lanes.
+        noise_shape: shape of the latent batch.
+        further: what stock sampling loaded (ControlNets ...), kept in the same request.
+    """
+    estimates = [versions.memory_to_sample(lane.patcher, noise_shape, lane.conds) for lane in lanes]
+    owners: list[Any] = []
+    patch_models: list[Any] = []
+    for lane in lanes:
+        if all(owner.model is not lane.patcher.model for owner in owners):
+            owners.append(lane.patcher)
+        else:  # clones of equal weights are loaded once; what hangs on the others still has to be moved
+            patch_models += versions.move_patches(lane.patcher)
+    versions.load_models([*owners, *patch_models, *further], *(max(column) for column in zip(*estimates, strict=True)))
+
+
+def predict(lane: Lane, keys: Sequence[str], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Denoised predictions of some of a lane's conditionings, in as few calls as its options allow.
+
+    Args:
+        lane: the lane.
+        keys: which of its conditionings; `BASE` may be among them.
+        x: noisy latent, (B, C, *spatial).
+        sigma: (B,).
+        options: the lane's model options at this step.
+
+    Returns:
+        One (B, C, *spatial) prediction per key.
+    """
+    versions.activate(lane.patcher)
+    if not keys:
+        return {}
+    terms = [key for key in keys if key != BASE]
+    base = lane.conds[BASE] if BASE in keys else None
+    calls = [terms] if _batchable(lane, terms, options) else [[term] for term in terms]
+    predictions: dict[str, Tensor] = {}
+    for number, call in enumerate(calls or [[]]):
+        # Stock order: conditional first, unconditional second; further terms follow.
+        conds = [lane.conds[call[0]] if call else None, base if number == 0 else None]
+        conds += [lane.conds[key] for key in call[1:]]
+        out = _calc(lane.patcher.model, conds, x, sigma, options)
+        if number == 0 and base is not None:
+            predictions[BASE] = out[1]
+        predictions.update(zip(call, [out[0], *out[2:]], strict=False))
+    return predictions
+
+
+def _batchable(lane: Lane, terms: Sequence[str], options: dict[str, Any]) -> bool:
+    """ControlNets and replaced batch functions see the index of a conditioning and know only cond and uncond."""
+    if "sampler_calc_cond_batch_function" in options:
+        return False
+    return len(terms) < 2 or not any("control" in entry for term in terms for entry in lane.conds[term])
+
+
+def _calc(model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    if "sampler_calc_cond_batch_function" in options:
+        args = {"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options}
+        return list(options["sampler_calc_cond_batch_function"](args))
+    if len(conds) > 2:
+        options = _with_stock_indices(options)
+    return list(comfy.samplers.calc_cond_batch(model, conds, x, sigma, options))
+
+
+def _with_stock_indices(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under which patches see only the indices they know: 0 for every term, 1 for the unconditional."""
+    previous = options.get("model_function_wrapper")
+
+    def call(apply_model: Any, args: dict[str, Any]) -> Tensor:
+        indices = [1 if index == 1 else 0 for index in args["cond_or_uncond"]]
+        args["cond_or_uncond"] = indices
+        args["c"]["transformer_options"]["cond_or_uncond"] = indices[:]
+        if previous is not None:
+            return previous(apply_model, args)
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    return {**options, "model_function_wrapper": call}
+
+
+def covers(conds: Sequence[dict], sigma: float) -> bool:
+    """Whether any of these processed conditionings acts at `sigma`; outside its range a prediction is all zeros."""
+    return any(
+        not (
+            ("timestep_start" in cond and sigma > float(cond["timestep_start"]))
+            or ("timestep_end" in cond and sigma < float(cond["timestep_end"]))
+        )
+        for cond in conds
+    )
+
+
+def has_range(conds: Sequence[dict]) -> bool:
+    """Whether any conditioning is limited to a part of the sampling."""
+    return any("timestep_start" in cond or "timestep_end" in cond for cond in conds)
+
+
+def holds_image(latent: Tensor | None) -> bool:
+    """Whether a latent is more than zeros (stock sampling does not shift an empty one)."""
+    return latent is not None and bool(torch.count_nonzero(latent) > 0)

