@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml $(PINS)
 	[ -e $@ ] || $(PIP) install -c $(PINS) $(TORCH)
 	$(PIP) install -q --no-warn-conflicts -c $(PINS) -e '.[dev,train]'
 	$(PIP) install -q --no-deps -r $(PINS)
-	@echo '$(TORCH)' > $@
+	@touch $@
 
 require-pack:
 	@$(PYTHON) -c 'import comfyui_gcfg' || { \
