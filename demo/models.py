@@ -30,6 +30,9 @@ LATENT_RGB = (
 )
 VAE_SCALE = 0.18215
 
+# What GroupNorm takes off the input's own features on their way to the output (measured), to be given back.
+FOLLOW = {"sd15": 2.1, "sd21": 2.1, "sdxl": 3.8}
+
 # Gain over 1/sqrt(fan_in) by the end of the name; what is not listed gets 1.
 GAINS = {
     "attn2.to_q.weight": 1.5,  # sharp enough that pixels attend to different words
@@ -54,6 +57,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) < 2:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     gain = next((g for ending, g in GAINS.items() if name.endswith(ending)), 1.0)
+    if shape[2:] == (3, 3):  # every convolution also blurs: the blocks then add soft shapes, not more noise
+        return (_noise(seed, name, *shape[:2]) * gain / math.sqrt(shape[1]))[:, :, None, None] * (2 * _BLUR)
     return _noise(seed, name, *shape) * (gain / math.sqrt(math.prod(shape[1:])))
 
 
@@ -68,7 +73,7 @@ def _centre(matrix: Tensor) -> Tensor:
     return kernel
 
 
-def _follow_input(sd: StateDict, seed: int) -> None:
+def _follow_input(sd: StateDict, seed: int, gain: float) -> None:
     """Make the output x / std(x) plus what the blocks add, so that sampling neither explodes nor stalls.
 
     The first layer writes each feature with both signs, the last skip connection carries it to the end, and
@@ -84,7 +89,7 @@ def _follow_input(sd: StateDict, seed: int) -> None:
     inverse = torch.linalg.pinv(half)
     back = torch.stack((inverse, -inverse), 2).reshape(4, CHANNELS)
     added = _noise(seed, "added", 4, CHANNELS) / math.sqrt(CHANNELS)
-    sd["out.2.weight"] = _centre(back) + added[:, :, None, None] * _BLUR
+    sd["out.2.weight"] = gain * _centre(back) + added[:, :, None, None] * _BLUR
 
 
 def unet_state_dict(
@@ -99,7 +104,7 @@ def unet_state_dict(
         zero_text: whether every attn2.to_v.weight is 0, so that text changes nothing.
     """
     sd = _draw_all(layouts.unet(FAMILIES[family]), seed)
-    _follow_input(sd, seed)
+    _follow_input(sd, seed, FOLLOW[family])
     if zero_text:
         for name in sd:
             if name.endswith("attn2.to_v.weight"):
