@@ -88,7 +88,7 @@ def _follow_input(sd: StateDict, seed: int, gain: float) -> None:
     skip[:, CHANNELS:] = torch.eye(CHANNELS)[:, :, None, None]
     inverse = torch.linalg.pinv(half)
     back = torch.stack((inverse, -inverse), 2).reshape(4, CHANNELS)
-    added = _noise(seed, "added", 4, CHANNELS) / math.sqrt(CHANNELS)
+    added = 0.5 * _noise(seed, "added", 4, CHANNELS) / math.sqrt(CHANNELS)
     sd["out.2.weight"] = gain * _centre(back) + added[:, :, None, None] * _BLUR
 
 

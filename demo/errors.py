@@ -1,0 +1,27 @@
+"""Errors of the demo: one sentence for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class DemoError(Exception):
+    """What went wrong, and what to do about it, in one sentence."""
+
+
+class ServerDied(DemoError):
+    """The ComfyUI process ended by itself."""
+
+
+class PromptFailed(DemoError):
+    """ComfyUI refused a prompt or a node raised.
+
+    Attributes:
+        details: the server's own answer, as it sent it.
+    """
+
+    def __init__(self, message: str, details: dict | None = None) -> None:
+        super().__init__(message)
+        self.details = details or {}
+
+
+class PromptInterrupted(DemoError):
+    """The prompt was cancelled while it ran."""
