@@ -124,7 +124,7 @@ def fine_tuned(sd: Mapping[str, Tensor], seed: int, strength: float = 0.3) -> St
 
 
 def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict:
-    """Return F_null = to_out(mean over tokens of to_v(null_text)) per attn2 (paper Eq. 5), keyed by `...attn2`.
+    """Return F_null = to_out(mean over tokens of to_v(null_text)), paper Eq. 5, by block as `gcfg.concept_file` wants it.
 
     Args:
         sd: UNet in bare LDM keys.
@@ -132,20 +132,11 @@ def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict
     """
     out = {}
     for name in sd:
-        if name.endswith("attn2.to_v.weight"):
-            block = name.removesuffix(".to_v.weight")
+        if name.endswith(".attn2.to_v.weight"):
+            block = name.removesuffix(".attn2.to_v.weight")
             v = (null_text[0].float() @ sd[name].float().T).mean(0)
-            out[block] = sd[f"{block}.to_out.0.weight"].float() @ v + sd[f"{block}.to_out.0.bias"].float()
-    return out
-
-
-def folded_state_dict(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict:
-    """Return the null-text network as an ordinary UNet: to_v.weight = 0 and to_out.0.bias = F_null in every attn2."""
-    out = dict(sd)
-    for block, feature in null_text_features(sd, null_text).items():
-        v, bias = f"{block}.to_v.weight", f"{block}.to_out.0.bias"
-        out[v] = torch.zeros_like(sd[v])
-        out[bias] = feature.to(sd[bias].dtype)
+            w, bias = sd[f"{block}.attn2.to_out.0.weight"], sd[f"{block}.attn2.to_out.0.bias"]
+            out[block] = w.float() @ v + bias.float()
     return out
 
 

@@ -1,0 +1,137 @@
+"""Model files of the demo, under the names the shared workflows use: small ones made here, or the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..gcfg.concept_file import fold
+from . import layouts, models, pictures, sparse, text
+from .client import Prompt
+from .errors import DemoError
+
+PRIOR = "v1-5-pruned-emaonly-fp16.safetensors"
+CUSTOM = "Counterfeit-V3.0_fp16.safetensors"
+CONCEPT = "ffhq-concept.safetensors"
+CANNY = "control_v11p_sd15_canny_fp16.safetensors"
+XL = "sd_xl_base_1.0.safetensors"
+XL_LORA = "pixel-art-xl.safetensors"
+NAMES = (PRIOR, CUSTOM, CONCEPT, CANNY, XL, XL_LORA)
+
+
+def recipe() -> str:
+    """Return a fingerprint of the code that makes the small models: it changes, they are made anew."""
+    sources = (Path(module.__file__ or "").read_bytes() for module in (layouts, models, sparse, text))
+    return hashlib.sha256(b"".join(sources) + Path(__file__).read_bytes()).hexdigest()
+
+
+def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Write the small models (0.9 GB on disk, about 15 s) into a ComfyUI `models/` folder, unless they are there.
+
+    Each file is written under another name first, and the list of finished ones last, so an interrupted run is not
+    taken for a good one.
+    """
+    stamp = folder / "small-models.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == {"recipe": recipe()}:
+        if all((folder / kind / name).exists() for kind, name in _places()):
+            return
+    say("Making small models in real layouts (once) ...")
+    for kind in {kind for kind, _ in _places()}:
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    half = torch.float16
+    prior, vae = models.unet_state_dict("sd15", seed=15, dtype=half), models.vae_state_dict(half)
+    clip = models.clip_l_state_dict(seed=1, dtype=half)
+    concept = models.fine_tuned(prior, seed=2, strength=0.5)
+    concept = fold(concept, models.null_text_features(prior, text.empty_prompt(clip)))
+    xl = models.unet_state_dict("sdxl", seed=10, dtype=half)
+
+    def checkpoint(path: Path, **parts: object) -> None:
+        models.save_checkpoint(path, vae=vae, **parts)  # type: ignore[arg-type]
+
+    writers: dict[str, Callable[[Path], None]] = {
+        PRIOR: lambda path: checkpoint(path, unet=prior, clip=clip),
+        CUSTOM: lambda path: checkpoint(path, unet=models.fine_tuned(prior, seed=3, strength=0.5)),
+        CONCEPT: lambda path: save_file(concept, path),
+        CANNY: lambda path: save_file(models.controlnet_state_dict(seed=4, dtype=half), path),
+        XL: lambda path: checkpoint(path, unet=xl, clip=clip, clip_g=True),
+        XL_LORA: lambda path: save_file(models.to_dtype(models.lora_state_dict(xl, seed=5), half), path),
+    }
+    for kind, name in _places():
+        part = folder / kind / f"{name}.part"
+        writers[name](part)
+        part.replace(folder / kind / name)
+    stamp.write_text(json.dumps({"recipe": recipe()}))
+
+
+def _places() -> list[tuple[str, str]]:
+    return [
+        ("checkpoints", PRIOR),
+        ("checkpoints", CUSTOM),
+        ("checkpoints", XL),
+        ("unet", CONCEPT),
+        ("controlnet", CANNY),
+        ("loras", XL_LORA),
+    ]
+
+
+def make_inputs(folder: Path, size: int) -> None:
+    """Draw the input pictures of the workflows into a ComfyUI `input/` folder."""
+    pictures.write_inputs(folder, size)
+
+
+def use_own(folder: Path, model: Path, concept: Path | None) -> dict[str, str]:
+    """Link the user's files into a ComfyUI `models/` folder and return the workflows' names -> their names.
+
+    Raises: DemoError: if a file is missing.
+    """
+    names = {}
+    for variable, kind, usual, path in (("MODEL", "checkpoints", PRIOR, model), ("CONCEPT", "unet", CONCEPT, concept)):
+        if path is None:
+            continue
+        if not path.is_file():
+            raise DemoError(f"{variable}: expected an SD1.5 file, found none at {path}; correct the path.")
+        link = folder / kind / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:  # Windows without developer mode
+            link.hardlink_to(path.resolve())
+        names[usual] = path.name
+    return names
+
+
+def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
+    """Return the prompt with the file names replaced."""
+    return {
+        node: {
+            **entry,
+            "inputs": {k: names.get(v, v) if isinstance(v, str) else v for k, v in entry["inputs"].items()},
+        }
+        for node, entry in prompt.items()
+    }
+
+
+def files_of(prompt: Prompt) -> set[str]:
+    """Return the model files of the demo that a prompt names."""
+    return {v for entry in prompt.values() for v in entry["inputs"].values() if isinstance(v, str)} & set(NAMES)
+
+
+def shrunk(prompt: Prompt, size: int | None, steps: int | None) -> Prompt:
+    """Return the prompt with no latent wider or higher than `size`, and no sampling longer than `steps`.
+
+    This is the only thing the demo and the tests change in a shared workflow.
+    """
+    limits = {"width": size, "height": size} if size else {}
+    out: Prompt = {}
+    for node, entry in prompt.items():
+        caps = limits if entry["class_type"] == "EmptyLatentImage" else {"steps": steps} if steps else {}
+        inputs = {k: min(v, caps[k]) if k in caps and isinstance(v, int) else v for k, v in entry["inputs"].items()}
+        out[node] = {**entry, "inputs": inputs}
+    return out
