@@ -86,7 +86,8 @@ def uniform_mean(null_text: Tensor, to_v: nn.Module, to_out: Iterable[nn.Module]
             f"null_text has the shape {tuple(null_text.shape)}, expected (batch, tokens, width); "
             "encode the empty prompt with the model's own CLIP."
         )
-    feature: Tensor = null_text.float().mean(dim=(0, 1), keepdim=True).to(null_text.dtype)  # [1, 1, D]
+    precise = null_text.to(torch.promote_types(null_text.dtype, torch.float32))
+    feature: Tensor = precise.mean(dim=(0, 1), keepdim=True).to(null_text.dtype)  # [1, 1, D]
     feature = to_v(feature)
     for layer in to_out:
         feature = layer(feature)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import GuidanceError
 
-SUFFIXES = (".safetensors", ".sft")
+SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 _CONVERT = (
@@ -74,7 +74,7 @@ def read_header(path: Path, source: str) -> Header:
         raise GuidanceError(f"{source} was not found, expected a .safetensors file; check the name and the folder.")
     if path.suffix.lower() in PICKLE_SUFFIXES or _starts_like_pickle(path):
         raise GuidanceError(f"{source} is a pickle, which can run any code when opened; {conversion(path)}")
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() != SUFFIX:
         raise GuidanceError(f"{source} ends in {path.suffix or 'nothing'!r}, expected a .safetensors file.")
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,0 +1,108 @@
+"""Load a UNet file in any of its null-text forms through ComfyUI's own loaders, and free the unused attention."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import torch
+
+from ...gcfg.concept_file import FEATURE, ConceptFile, describe, features, fill_for_detection, unet_in_ldm_keys
+from ...gcfg.errors import GuidanceError
+from ...gcfg.null_text import replace_cross_attention
+from ...gcfg.safetensors_file import read_header
+
+# The stock UNETLoader's options and what they mean to the loading function of the same versions.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+_HAS_OPTIONS = hasattr(comfy.sd, "load_diffusion_model_state_dict")
+_load_state_dict = comfy.sd.load_diffusion_model_state_dict if _HAS_OPTIONS else comfy.sd.load_unet_state_dict
+
+WEIGHT_DTYPES = tuple(_OPTIONS) if _HAS_OPTIONS else ("default",)
+
+
+def load_concept_unet(
+    path: str, weight_dtype: str = "default", name: str | None = None, disable_dynamic: bool = False
+) -> Any:
+    """Return the patcher of a UNet file: ordinary, folded or compact, LDM or diffusers keys, bare or in a checkpoint.
+
+    Args:
+        path: the .safetensors file.
+        weight_dtype: one of WEIGHT_DTYPES, with the stock UNETLoader's meaning.
+        name: the file as the user knows it.
+        disable_dynamic: asked by ComfyUI when it wants a copy outside the dynamic VRAM patcher.
+
+    Raises:
+        GuidanceError: if the file cannot be used.
+    """
+    source = f"Load Concept UNet: unet_name {name or Path(path).name!r}"
+    header = read_header(Path(path), source)
+    state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    found = describe(state_dict, header.metadata, source)
+    unet = unet_in_ldm_keys(state_dict, found)
+    null_text = {} if found.form == "ordinary" else features(unet, source)
+    if found.form == "compact":
+        unet = fill_for_detection(unet, found.context_dim)
+        unet = {key: tensor for key, tensor in unet.items() if not key.endswith(FEATURE)}
+    patcher = _load(unet, weight_dtype, disable_dynamic, source, found)
+    freed = _free_attention(patcher, null_text) if null_text else (0, 0)
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (load_concept_unet, (path, weight_dtype, name))
+    logging.info(f"{source}: {_summary(found, *freed)}")
+    return patcher
+
+
+def _load(unet: dict[str, torch.Tensor], weight_dtype: str, disable_dynamic: bool, source: str, found: Any) -> Any:
+    """Load through the stock loader, which only logs what a file lacks: that must not pass in silence."""
+    keys = frozenset(unet)
+    accepted = inspect.signature(_load_state_dict).parameters
+    options = {"model_options": dict(_OPTIONS[weight_dtype]), "disable_dynamic": disable_dynamic}
+    try:
+        patcher = _load_state_dict(unet, **{key: value for key, value in options.items() if key in accepted})
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        mismatch = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise GuidanceError(f"{source} does not fit its own layout ({mismatch}); export the file again.") from error
+    if patcher is None:
+        raise GuidanceError(
+            f"{source} is a UNet of {len(keys)} tensors for text of width {found.context_dim} that this ComfyUI does "
+            "not recognise, expected one of the SD1.x, SD2.x or SDXL family."
+        )
+    missing = [key for key in patcher.model.diffusion_model.state_dict() if key not in keys]
+    if missing:
+        raise GuidanceError(
+            f"{source} is incomplete: {len(missing)} of the UNet's tensors are missing, first {missing[0]!r}, found "
+            f"{len(keys)}; export or download the file again."
+        )
+    return patcher
+
+
+def _free_attention(patcher: Any, null_text: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Replace the dead layers of a model just loaded, which nobody shares yet; return parameters and bytes freed."""
+    unet = patcher.model.diffusion_model
+    parameters, size = _parameters(unet), patcher.model_size()
+    constants = {block: feature.to(patcher.offload_device, copy=True) for block, feature in null_text.items()}
+    replace_cross_attention(unet, constants)
+    patcher.size = 0  # ComfyUI's memory accounting measures again where it is 0
+    return parameters - _parameters(unet), size - patcher.model_size()
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _summary(found: ConceptFile, parameters: int, size: int) -> str:
+    where = f"below {found.prefix!r}" if found.prefix else "bare"
+    text = f"{found.form} UNet, {found.naming} keys {where}, {len(found.blocks)} transformer blocks"
+    if found.form == "ordinary":
+        return f"{text}; loaded as it is"
+    return f"{text}; null-text, freed {parameters:,} parameters of unused attention ({size / 2**20:.1f} MiB)"
