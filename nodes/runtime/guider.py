@@ -131,7 +131,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 )
                 lane.conds = dict(zip(lane.keys, processed.values(), strict=True))
             versions.activate(base.patcher)
-            self.conds = base.conds  # stock code processes these, and takes over our dict
+            self.conds = base.conds  # stock code processes these
+            self.ranged: set[str] | None = None
             return super().inner_sample(
                 noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs
             )
@@ -152,8 +153,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """
         options = model_options or {}
         base_lane = self.lanes[0]
-        if base_lane.conds is not self.conds:  # stock code has just processed them
-            base_lane.conds = self.conds
+        if self.ranged is None:  # the first evaluation: stock code has just processed the base's conditionings
             self.conds = base_lane.conds = {**self._all_conds(), **self.conds}
             self.ranged = {key for key, conds in self.conds.items() if has_range(conds)}
         terms = self._active(timestep)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
+torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +33,118 @@ def comfy(comfyui_path):
     for name in ("comfy.samplers", "comfy.sample", "comfy.sd", "comfy.utils", "comfy.model_management"):
         importlib.import_module(name)
     return sys.modules["comfy"]
+
+
+@pytest.fixture(scope="session")
+def load_unet(comfy):
+    """Load a bare UNet state dict through ComfyUI's own loader."""
+
+    def load(state_dict):
+        state_dict = {key: value.clone() for key, value in state_dict.items()}  # loaders empty the dict they are given
+        name = "load_diffusion_model_state_dict"
+        loader = getattr(comfy.sd, name) if hasattr(comfy.sd, name) else comfy.sd.load_unet_state_dict
+        return loader(state_dict)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """State dicts of small UNets by (family, seed), made once."""
+    from comfyui_gcfg.demo.models import unet_state_dict
+
+    made = {}
+
+    def get(family="sd15", seed=0):
+        if (family, seed) not in made:
+            made[family, seed] = unet_state_dict(family, seed)
+        return made[family, seed]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def prior(load_unet, weights):
+    """An SD1.5-layout model; tests must leave it as they found it."""
+    return load_unet(weights("sd15", 0))
+
+
+@pytest.fixture(scope="session")
+def concept(load_unet, weights):
+    """A second model of the same family with other weights."""
+    return load_unet(weights("sd15", 1))
+
+
+@pytest.fixture(scope="session")
+def prompt():
+    """A CONDITIONING by seed, as CLIPTextEncode makes it."""
+
+    def make(seed, width=768, **options):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(1, 77, width, generator=generator)
+        pooled = torch.randn(1, 1280, generator=generator)
+        return [[tokens, {"pooled_output": pooled, **options}]]
+
+    return make
+
+
+@pytest.fixture
+def latent():
+    """An empty latent batch of 8x8."""
+    return {"samples": torch.zeros(1, 4, 8, 8)}
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    """ComfyUI executes nodes in inference mode."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def stock(comfy):
+    """The stock KSampler's result."""
+    nodes = sys.modules["nodes"]
+
+    def sample(
+        model, positive, negative, latent, cfg=7.5, seed=1, steps=4, sampler="euler", scheduler="normal", **more
+    ):
+        return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, **more)[
+            0
+        ]["samples"]
+
+    if not hasattr(nodes, "common_ksampler"):
+        nodes.common_ksampler = importlib.import_module("comfy.nodes.base_nodes").common_ksampler
+    return sample
+
+
+@pytest.fixture(scope="session")
+def gcfg(comfy):
+    """The result of our KSampler node."""
+    from comfyui_gcfg.nodes.sampling import GCFGKSampler
+
+    def sample(model, unconditional, terms, latent, seed=1, steps=4, sampler="euler", scheduler="normal", denoise=1.0):
+        node = GCFGKSampler()
+        return node.sample(model, seed, steps, sampler, scheduler, unconditional, latent, denoise, term_1=tuple(terms))[
+            0
+        ]["samples"]
+
+    return sample
+
+
+@pytest.fixture
+def count_forwards():
+    """Record (module id, batch) of every UNet call."""
+    calls, handles = [], []
+
+    def watch(*patchers):
+        for patcher in patchers:
+            unet = patcher.model.diffusion_model
+            handles.append(
+                unet.register_forward_pre_hook(lambda module, args: calls.append((id(module), args[0].shape[0])))
+            )
+        return calls
+
+    yield watch
+    for handle in handles:
+        handle.remove()
