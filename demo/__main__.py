@@ -21,7 +21,7 @@ from .sheet import Entry, contact_sheet
 from .workflow import problems, to_prompt
 
 WORKFLOWS = PACK / "workflows"
-SMALL_SIZE, SMALL_STEPS = 256, 12  # the small models' defaults; with MODEL= the workflow's own
+SMALL_SIZE, SMALL_STEPS = 192, 8  # the small models' defaults; with MODEL= the workflow's own
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ def prepare(
 def execute(client: Client, job: Job, output: Path) -> Entry:
     """Run one workflow with a progress bar and save its images as `output/<image>.png`."""
     with tqdm(total=1, desc=job.name, unit="step", file=sys.stderr, leave=False) as bar:
+        node: str | None = None
 
         def show(progress: Progress) -> None:
-            bar.total, bar.n = progress.total, progress.done
-            bar.refresh()
+            nonlocal node
+            if progress.node != node:  # the next sampler of the workflow
+                node = progress.node
+                bar.reset(progress.total)
+            bar.update(progress.done - bar.n)
 
         run = client.run(job.prompt, show)
     if not run.images:
@@ -100,8 +104,8 @@ def demo(
         ".cache/demo"
     ),
     port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 256 for the small models.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 12 for the small models.")] = None,
+    size: Annotated[int | None, typer.Option(help="Largest width and height; 192 for the small models.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 8 for the small models.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     model: Annotated[
         Path | None, typer.Option(envvar="MODEL", help="Your SD1.5 checkpoint, used instead of the small models.")

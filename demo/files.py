@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,9 +38,9 @@ def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None)
     taken for a good one.
     """
     stamp = folder / "small-models.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == {"recipe": recipe()}:
-        if all((folder / kind / name).exists() for kind, name in _places()):
-            return
+    finished = stamp.exists() and json.loads(stamp.read_text()) == {"recipe": recipe()}
+    if finished and all((folder / kind / name).exists() for kind, name in _places()):
+        return
     say("Making small models in real layouts (once) ...")
     for kind in {kind for kind, _ in _places()}:
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None)
         XL_LORA: lambda path: save_file(models.to_dtype(models.lora_state_dict(xl, seed=5), half), path),
     }
     for kind, name in _places():
-        part = folder / kind / f"{name}.part"
+        part = folder / kind / f"{name}.{os.getpid()}.part"
         writers[name](part)
         part.replace(folder / kind / name)
     stamp.write_text(json.dumps({"recipe": recipe()}))

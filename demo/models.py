@@ -124,7 +124,7 @@ def fine_tuned(sd: Mapping[str, Tensor], seed: int, strength: float = 0.3) -> St
 
 
 def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict:
-    """Return F_null = to_out(mean over tokens of to_v(null_text)), paper Eq. 5, by block as `gcfg.concept_file` wants it.
+    """Return F_null = to_out(mean over tokens of to_v(null_text)), paper Eq. 5, by block name.
 
     Args:
         sd: UNet in bare LDM keys.
