@@ -51,7 +51,7 @@ def imports(source: str, path: Path) -> Iterator[tuple[str, bool]]:
                 yield ".".join([*base, *([node.module] if node.module else []), alias.name]), True
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in {"import_module", "__import__", "find_spec"} and isinstance(node.args[0].value, str):
+            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
                 yield node.args[0].value, False
 
 
