@@ -1,0 +1,188 @@
+"""Clones of one base with different patches give, to the last bit, what separately loaded models give."""
+
+import copy
+import gc
+import itertools
+
+import pytest
+import torch
+from comfyui_gcfg.demo.models import lora_state_dict
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+
+
+@pytest.fixture(scope="module")
+def lora(comfy, weights):
+    """A clone of a model with LoRA number `seed`, made as the stock loader node makes it."""
+
+    def add(model, seed, strength=1.0):
+        patched, _ = comfy.sd.load_lora_for_models(
+            model, None, lora_state_dict(weights("sd15", 0), seed), strength, 0.0
+        )
+        assert patched.patches, "the LoRA fits no weight"
+        return patched
+
+    return add
+
+
+def v_prediction(model):
+    """A clone that reads the same weights as a v-prediction model, as ModelSamplingDiscrete makes it."""
+    import comfy.model_sampling
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", Sampling(clone.model.model_config))
+    return clone
+
+
+def other_out(model):
+    """A clone with another last layer, put there as an object patch."""
+    clone = model.clone()
+    out = copy.deepcopy(clone.get_model_object("diffusion_model.out"))
+    for parameter in out.parameters():
+        parameter.data.mul_(0.9)
+    clone.add_object_patch("diffusion_model.out", out)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def variants(lora):
+    return {
+        "plain": lambda model: model,
+        "lora 1": lambda model: lora(model, 1),
+        "lora 2": lambda model: lora(model, 2),
+        "v": v_prediction,
+        "v and lora": lambda model: v_prediction(lora(model, 1)),
+        "out": other_out,
+    }
+
+
+@pytest.fixture(scope="module")
+def separate_loads(load_unet, weights, variants, gcfg, prompt):
+    """The result with every model loaded on its own, by the names of base and terms."""
+    results = {}
+
+    def run(base, *terms):
+        if (base, *terms) not in results:
+            models = [variants[name](load_unet(weights("sd15", 0))) for name in (base, *terms)]
+            results[(base, *terms)] = gcfg(models[0], prompt(0), _terms(models[1:], prompt), _latent())
+        return results[(base, *terms)]
+
+    with torch.inference_mode():
+        yield run
+
+
+def _latent():
+    return {"samples": torch.zeros(1, 4, 8, 8)}
+
+
+def _terms(models, prompt):
+    return [
+        GuidanceTerm(3.0 - index, model=model, conditioning=prompt(index + 1), label=str(index))
+        for index, model in enumerate(models)
+    ]
+
+
+CASES = [
+    ("plain", "lora 1", "lora 2"),
+    ("lora 1", "lora 2", "plain"),
+    ("plain", "v"),
+    ("v", "plain", "lora 1"),
+    ("lora 1", "v and lora", "v"),
+    ("plain", "out", "lora 1"),
+    ("lora 2", "lora 2", "lora 1"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=" | ".join)
+def test_equal_to_separate_loads(load_unet, weights, variants, gcfg, prompt, separate_loads, case):
+    base = load_unet(weights("sd15", 0))
+    models = [variants[name](base) for name in case]
+    got = gcfg(models[0], prompt(0), _terms(models[1:], prompt), _latent())
+    assert torch.equal(got, separate_loads(*case))
+
+
+def test_every_loading_order_and_ten_runs(comfy, load_unet, weights, variants, gcfg, prompt, separate_loads):
+    names = ("plain", "lora 1", "lora 2")
+    base = load_unet(weights("sd15", 0))
+    models = {name: variants[name](base) for name in names}
+    orders = list(itertools.permutations(names))
+    for run in range(10):
+        for name in orders[run % len(orders)]:
+            comfy.model_management.load_models_gpu([models[name]])
+        case = orders[(run * 5 + 1) % len(orders)]
+        got = gcfg(models[case[0]], prompt(0), _terms([models[name] for name in case[1:]], prompt), _latent())
+        assert torch.equal(got, separate_loads(*case)), f"run {run}"
+
+
+def test_naive_clones_are_wrong(comfy, load_unet, weights, variants, gcfg, prompt, separate_loads, monkeypatch):
+    """The trap is real: without separation the same run gives another image."""
+    from comfyui_gcfg.nodes.runtime import lanes
+
+    monkeypatch.setattr(lanes, "separate", lambda patchers, in_place: list(patchers))
+    case = ("plain", "lora 1", "lora 2")
+    base = load_unet(weights("sd15", 0))
+    models = [variants[name](base) for name in case]
+    got = gcfg(models[0], prompt(0), _terms(models[1:], prompt), _latent())
+    assert not torch.allclose(got, separate_loads(*case), rtol=1e-3)
+
+
+def test_base_is_left_clean_and_copy_dies_with_its_clone(load_unet, weights, variants, gcfg, prompt, latent):
+    from comfyui_gcfg.nodes.runtime import clones
+
+    base = load_unet(weights("sd15", 0))
+    before = gcfg(base, prompt(0), _terms([None], prompt), latent)
+    models = [variants["lora 1"](base), variants["lora 2"](base)]
+    gcfg(base, prompt(0), _terms(models, prompt), latent)
+    assert torch.equal(gcfg(base, prompt(0), _terms([None], prompt), latent), before)
+    kept = len(clones._copies)
+    assert kept >= 2
+    del models
+    gc.collect()
+    assert len(clones._copies) == kept - 2
+
+
+def test_cpu_copy_costs_the_patched_weights_only(load_unet, weights, variants):
+    from comfyui_gcfg.nodes.runtime.clones import separate
+
+    base = load_unet(weights("sd15", 0))
+    _, private = separate([base, variants["lora 1"](base)])
+    own = {p.data_ptr() for p in base.model.parameters()}
+    assert private.model is not base.model
+    assert all(p.data_ptr() in own for p in private.model.parameters())
+    assert not {id(p) for p in base.model.parameters()} & {id(p) for p in private.model.parameters()}
+
+
+def test_same_patches_share_one_model(load_unet, weights, variants, gcfg, prompt, latent, count_forwards):
+    base = load_unet(weights("sd15", 0))
+    clone = variants["lora 1"](base)
+    calls = count_forwards(base)
+    gcfg(clone, prompt(0), _terms([clone, clone.clone()], prompt), latent)
+    assert {batch for _, batch in calls} == {3}, "one batched call for both terms and the unconditional"
+
+
+def test_patch_that_holds_a_shared_module_is_refused(load_unet, weights, variants, gcfg, prompt, latent):
+    base = load_unet(weights("sd15", 0))
+    clone = base.clone()
+    shared = clone.model.diffusion_model.out
+    clone.add_object_patch("diffusion_model.out", torch.nn.Sequential(shared))
+    with pytest.raises(GuidanceError) as error:
+        gcfg(base, prompt(0), _terms([clone], prompt), latent)
+    assert str(error.value) == (
+        "GCFG: BaseModel is used twice with different patches, and the patch on 'diffusion_model.out' holds a part of "
+        "the shared model, so the two cannot be separated; load the model for one of the terms from a second file."
+    )
+    assert torch.isfinite(gcfg(base, prompt(0), _terms([None], prompt), latent)).all()
+
+
+def test_special_weights_are_refused(load_unet, weights, variants, gcfg, prompt, latent):
+    class Packed(torch.Tensor):
+        pass
+
+    base = load_unet(weights("sd15", 0))
+    layer = base.model.diffusion_model.out[2]
+    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(GuidanceError, match=r"weight diffusion_model.out.2.weight is of the special kind Packed"):
+        gcfg(base, prompt(0), _terms([variants["lora 1"](base)], prompt), latent)
