@@ -101,14 +101,14 @@ class Graph:
         while link_id is not None:
             if link_id not in self.links:
                 raise DemoError(f"The workflow refers to link {link_id}, which its list of links lacks.")
-            node_id, slot, _, _, kind = self.links[link_id]
+            node_id, slot = self.links[link_id][:2]
             node = self.nodes[node_id]
             if node.get("mode", 0) == MUTED:
                 return None
             if node["type"] == "Reroute":
                 link_id = node["inputs"][0].get("link")
             elif node.get("mode", 0) == BYPASSED:
-                inputs = node.get("inputs") or []
+                inputs, kind = node.get("inputs") or [], node["outputs"][slot]["type"]
                 same_slot = [i for i in inputs[slot : slot + 1] if i["type"] == kind]
                 matching = same_slot or [i for i in inputs if i["type"] == kind and i.get("link") is not None]
                 link_id = matching[0].get("link") if matching else None
@@ -173,6 +173,8 @@ def problems(workflow: Workflow, object_info: ObjectInfo, files: bool = True) ->
         for socket in node.get("inputs") or []:
             if socket["name"] not in specs:
                 found.append(f"{name}: it has no input {socket['name']}.")
+            if socket.get("link") is not None and socket["link"] not in graph.links:
+                found.append(f"{name}: input {socket['name']} refers to link {socket['link']}, which does not exist.")
         for required, spec in info["input"].get("required", {}).items():
             if not is_widget(spec) and required not in linked:
                 found.append(f"{name}: input {required} is not connected.")

@@ -1,0 +1,131 @@
+"""The shared workflows: as files, against a live server, and run by it."""
+
+import itertools
+from pathlib import Path
+
+import numpy
+import pytest
+from comfyui_gcfg.demo import files
+from comfyui_gcfg.demo.workflow import problems, to_prompt
+from safetensors.torch import load_file
+
+WORKFLOWS = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows").glob("*.json"))
+EXPECTED = {
+    "concept-generation",
+    "condition-decoupling",
+    "drift-rectification",
+    "inpaint-masked-concept",
+    "negative-prompts-free-weights",
+    "sdxl",
+    "several-conditions",
+    "spatial-guided-controlnet",
+    "stylised-control",
+    "text-guided-concept",
+}
+SAMPLERS = {"GCFGKSampler", "KSampler", "SamplerCustomAdvanced"}
+TITLE = 30  # a node's title bar stands above its position
+
+
+def test_none_is_missing():
+    assert set(WORKFLOWS) == EXPECTED
+
+
+def box(node):
+    (x, y), (w, h) = node["pos"], node["size"]
+    return x, y - TITLE, x + w, y + h
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_is_laid_out_readably(load_workflow, name):
+    workflow = load_workflow(name)
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    for (a, p), (b, q) in itertools.combinations(boxes.items(), 2):
+        apart = p[2] <= q[0] or q[2] <= p[0] or p[3] <= q[1] or q[3] <= p[1]
+        assert apart, f"nodes {a} and {b} overlap"
+    frames = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in workflow["groups"])]
+    for node in workflow["nodes"]:
+        x0, y0, x1, y1 = boxes[node["id"]]
+        inside = [f for f in frames if f[0] <= x0 and f[1] <= y0 and x1 <= f[2] and y1 <= f[3]]
+        assert len(inside) == (node["type"] != "Note"), f"node {node['id']} is in {len(inside)} groups"
+    notes = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "Note"]
+    assert len(notes) == 1
+    assert name == "sdxl" or "paper" in notes[0] or "Appendix" in notes[0]
+    for file in files.files_of(to_prompt_offline(workflow)):
+        assert file in notes[0], f"the note does not say where {file} goes"
+
+
+def to_prompt_offline(workflow):
+    """The widget values only: enough to know the files a workflow names."""
+    return {str(n["id"]): {"inputs": dict(enumerate(n.get("widgets_values") or []))} for n in workflow["nodes"]}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_fits_the_live_server(client, load_workflow, name):
+    assert problems(load_workflow(name), client.object_info) == []
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_keeps_its_own_widget_values(client, load_workflow, name):
+    """Every widget value of the file reaches the prompt under the name of its widget, in range."""
+    workflow = load_workflow(name)
+    prompt = to_prompt(workflow, client.object_info)
+    for node in workflow["nodes"]:
+        if node["type"] == "GCFGGuidanceTerm":
+            weight, start, end, label = node["widgets_values"]
+            inputs = prompt[str(node["id"])]["inputs"]
+            assert (inputs["weight"], inputs["start_percent"], inputs["end_percent"]) == (weight, start, end)
+            assert inputs["label"] == label
+            assert label
+        if node["type"] == "GCFGKSampler":
+            seed, _, steps, sampler, scheduler, denoise = node["widgets_values"]
+            inputs = prompt[str(node["id"])]["inputs"]
+            assert (inputs["seed"], inputs["steps"], inputs["denoise"]) == (seed, steps, denoise)
+            assert (inputs["sampler_name"], inputs["scheduler"]) == (sampler, scheduler)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_runs_and_makes_finite_changing_images(client, server, api_prompt, pixels, name):
+    prompt = api_prompt(name)
+    samplers = [node for node, entry in prompt.items() if entry["class_type"] in SAMPLERS]
+    for node in samplers:  # 8-bit images cannot show a NaN, latents can
+        prompt[f"latent-{node}"] = {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": [node, 0], "filename_prefix": f"latents/{name}-{node}"},
+        }
+    run = client.run(prompt)
+    assert len(run.images) == len(samplers)
+    images = [pixels(run, i) for i in range(len(run.images))]
+    for image in images:
+        assert image.shape[1] == 64
+        assert image.std() > 4
+    for a, b in itertools.combinations(images, 2):  # side by side: they must not be the same picture
+        assert numpy.abs(a.astype(int) - b).mean() > 1
+    for node in samplers:
+        (path,) = (server.work / "output" / "latents").glob(f"{name}-{node}_*.latent")
+        latent = load_file(path)["latent_tensor"]
+        assert latent.isfinite().all()
+        assert latent.std() > 0.05
+
+
+@pytest.mark.parametrize("name", ["text-guided-concept", "several-conditions", "stylised-control", "sdxl"])
+def test_every_term_changes_the_image(client, api_prompt, pixels, name):
+    """Switching any one term off gives another image: no term is decoration."""
+    prompt = api_prompt(name)
+    whole = pixels(client.run(prompt)).astype(int)
+    for node, entry in prompt.items():
+        if entry["class_type"] == "GCFGGuidanceTerm":
+            changed = {**prompt, node: {**entry, "inputs": {**entry["inputs"], "weight": 0.0}}}
+            without = pixels(client.run(changed))
+            assert numpy.abs(whole - without).mean() > 0.5, entry["inputs"]["label"]
+
+
+def test_inpainting_keeps_what_the_mask_does_not_cover(client, api_prompt, pixels, node_of):
+    prompt = api_prompt("inpaint-masked-concept")
+    encode, decode = node_of(prompt, "VAEEncode"), node_of(prompt, "VAEDecode")
+    plain = {k: v for k, v in prompt.items() if v["class_type"] not in ("GCFGKSampler", "GCFGGuidanceTerm")}
+    plain[decode] = {**prompt[decode], "inputs": {**prompt[decode]["inputs"], "samples": [encode, 0]}}
+    before, after = pixels(client.run(plain)).astype(int), pixels(client.run(prompt)).astype(int)
+    changed = numpy.abs(before - after).mean(-1)
+    lower = changed.shape[0] * 2 // 3
+    assert changed[lower:].max() <= 1  # legs and lawn, far from the mask
+    assert changed[: lower // 2].max() > 8  # the face
