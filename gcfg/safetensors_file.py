@@ -102,8 +102,11 @@ def read_header(path: Path, source: str) -> Header:
 
 def conversion(path: Path) -> str:
     """Say how to convert a pickle, as the end of a sentence."""
-    command = _CONVERT.format(old=path.name, new=f"{path.stem}.safetensors")
-    return f'expected .safetensors; convert it once, in its folder, with: python -c "{command}"'
+    renamed = path.suffix.lower() == SUFFIX  # torch.load goes by the name
+    old = f"{path.stem}.ckpt" if renamed else path.name
+    command = _CONVERT.format(old=old, new=f"{path.stem}.safetensors")
+    first = f"rename it to {old!r} and " if renamed else ""
+    return f'expected .safetensors; {first}convert it once, in its folder, with: python -c "{command}"'
 
 
 def _starts_like_pickle(path: Path) -> bool:
