@@ -103,7 +103,9 @@ class Client:
 
         Raises: PromptFailed: if the server refuses it; the sentence carries the reasons.
         """
-        answer = self.request("POST", "/prompt", json={"prompt": prompt, "client_id": client_id})
+        # dumped here, as `requests` itself refuses a NaN: what the server says to it is the answer we want
+        data = json.dumps({"prompt": prompt, "client_id": client_id})
+        answer = self.request("POST", "/prompt", data=data, headers={"Content-Type": "application/json"})
         body = answer.json()
         if not answer.ok or body.get("node_errors"):
             raise PromptFailed(f"ComfyUI refused the prompt: {_reasons(body)}", body)
