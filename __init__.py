@@ -9,9 +9,9 @@ WEB_DIRECTORY = "./web"
 # ComfyUI has imported its `folder_paths` before it loads any pack; the trainer and the tests, which import this
 # package under its installed name, have not, and must not load ComfyUI with it.
 if "folder_paths" in sys.modules:
-    from .nodes import guidance, sampling
+    from .nodes import concept, guidance, sampling
 
-    for topic in (guidance, sampling):
+    for topic in (concept, guidance, sampling):
         for node_id, display_name, node in topic.NODES:
             NODE_CLASS_MAPPINGS[node_id] = node
             NODE_DISPLAY_NAME_MAPPINGS[node_id] = display_name

@@ -1,0 +1,292 @@
+"""Several models in one run: against hand-written loops, and what is loaded, batched and restored."""
+
+import sys
+
+import pytest
+import torch
+from comfyui_gcfg.demo.models import controlnet_state_dict
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+
+STEPS = 4
+
+
+@pytest.fixture
+def double(load_unet, weights):
+    """A model evaluated by hand in float64, without ComfyUI's samplers or model management."""
+
+    def make(seed):
+        model = load_unet(weights("sd15", seed)).model
+        unet = model.diffusion_model.double()
+        unet.dtype = torch.float64
+        sampling = model.model_sampling
+
+        def denoise(x, sigma, tokens):
+            t = sampling.timestep(torch.tensor([sigma])).double().expand(x.shape[0])
+            eps = unet(x / (sigma**2 + 1) ** 0.5, t, context=tokens.double(), transformer_options={})
+            return x - sigma * eps
+
+        return denoise, sampling
+
+    return make
+
+
+def test_two_models_against_a_loop_in_float64(gcfg, prior, concept, prompt, latent, double, comfy):
+    """Euler by hand: x' = x + (x - D) / sigma * (sigma' - sigma), D by Eq. 3."""
+    w_control, w_concept = 4.0, 1.5
+    terms = [
+        GuidanceTerm(w_control, conditioning=prompt(1)),
+        GuidanceTerm(w_concept, model=concept, conditioning=prompt(3)),
+    ]
+    got = gcfg(prior, prompt(0), terms, latent, steps=STEPS)
+
+    (d_prior, sampling), (d_concept, _) = double(0), double(1)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS).double()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(1)).double()
+    x = noise * float(torch.sqrt(1.0 + sigmas[0] ** 2))  # ComfyUI scales so at the largest sigma
+    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        base = d_prior(x, sigma, prompt(0)[0][0])
+        denoised = (
+            base
+            + w_control * (d_prior(x, sigma, prompt(1)[0][0]) - base)
+            + w_concept * (d_concept(x, sigma, prompt(3)[0][0]) - base)
+        )
+        x = x + (x - denoised) / sigma * (following - sigma)
+    expected = x / 0.18215  # the latent format's scale
+    # float32 against float64 over 4 steps of guidance: rounding of about 1e-6, amplified by weights and steps
+    assert float((got.double() - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert not torch.allclose(got, gcfg(prior, prompt(0), terms[:1], latent, steps=STEPS), rtol=1e-2)
+
+
+def test_mask_acts_on_the_delta(gcfg, prior, concept, prompt, latent, comfy):
+    """One Euler step to sigma 0 returns D itself, so inside the mask it is the full sum, outside the sum without it."""
+    control = GuidanceTerm(3.0, conditioning=prompt(1))
+    mask = torch.zeros(64, 64)
+    mask[:, 32:] = 1.0  # the right half; half-size boundaries fall between latent pixels, so no blending
+    inside = gcfg(prior, prompt(0), [control, GuidanceTerm(2.0, model=concept)], latent, steps=1)
+    outside = gcfg(prior, prompt(0), [control], latent, steps=1)
+    masked = gcfg(prior, prompt(0), [control, GuidanceTerm(2.0, model=concept, mask=mask)], latent, steps=1)
+    assert torch.allclose(masked[..., 4:], inside[..., 4:], rtol=1e-4, atol=1e-4 * float(inside.abs().max()))
+    assert torch.allclose(masked[..., :4], outside[..., :4], rtol=1e-4, atol=1e-4 * float(inside.abs().max()))
+    assert not torch.allclose(inside, outside, rtol=1e-2)
+
+
+def test_mask_is_resized_as_comfyui_does(comfy):
+    from comfyui_gcfg.gcfg.masks import fit_mask
+
+    mask = torch.rand(1, 37, 53, generator=torch.Generator().manual_seed(0))
+    conds = [{"mask": mask}]
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, (8, 12), "cpu")
+    assert torch.equal(fit_mask(mask, torch.zeros(3, 4, 8, 12)), conds[0]["mask"].expand(3, 8, 12)[:, None])
+
+
+def test_batched_where_weights_are_the_same(gcfg, prior, concept, prompt, latent, count_forwards):
+    calls = count_forwards(prior, concept)
+    terms = [
+        GuidanceTerm(3.0, conditioning=prompt(1)),
+        GuidanceTerm(-1.0, conditioning=prompt(2)),
+        GuidanceTerm(2.0, model=concept, conditioning=prompt(3)),
+    ]
+    gcfg(prior, prompt(0), terms, latent, steps=2)
+    one_step = [(id(concept.model.diffusion_model), 1), (id(prior.model.diffusion_model), 3)]
+    assert calls == one_step * 2
+
+
+def test_loads_once_and_moves_nothing_between_steps(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
+    management = comfy.model_management
+    requests, loads, moves = [], [], []
+    original = management.load_models_gpu
+
+    def load_models_gpu(models, *args, **kwargs):
+        requests.append(list(models))
+        return original(models, *args, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", load_models_gpu)
+    original_load = management.LoadedModel.model_load
+    monkeypatch.setattr(
+        management.LoadedModel,
+        "model_load",
+        lambda self, *a, **k: (loads.append(self.model), original_load(self, *a, **k))[1],
+    )
+    evaluating = []
+    handles = []
+    for patcher in (prior, concept):
+        unet = patcher.model.diffusion_model
+        handles.append(unet.register_forward_pre_hook(lambda *_: evaluating.append(len(loads))))
+        original_to = type(unet).to
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, *a, **k: (moves.append(type(self)), original_to(self, *a, **k))[1]
+    )
+    management.unload_all_models()
+    moves.clear()
+    terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
+    gcfg(prior, prompt(0), terms, latent)
+    moved_while_loading = len(moves)
+    for handle in handles:
+        handle.remove()
+    assert {prior, concept} <= set(requests[-1]), "one request names every model"
+    assert [sum(patcher is model for model in loads) for patcher in (prior, concept)] in ([1, 1], [2, 1])
+    assert len(set(evaluating)) == 1, "nothing is loaded between steps"
+    moves.clear()
+    loads.clear()
+    gcfg(prior, prompt(0), terms, latent)
+    assert len(moves) <= moved_while_loading
+    assert torch.equal(torch.tensor(len(set(evaluating))), torch.tensor(1))
+
+
+def test_memory_request_covers_the_hungriest_model(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
+    asked = []
+    original = comfy.model_management.load_models_gpu
+
+    def load_models_gpu(models, memory_required=0, **kwargs):
+        asked.append((len(list(models)), memory_required))
+        return original(models, memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
+    monkeypatch.setattr(concept.model, "memory_required", lambda *a, **k: 7e9)
+    gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=concept)], latent)
+    assert asked[-1][0] == 2
+    assert asked[-1][1] >= 7e9
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_everything_is_restored_after_an_exception(
+    gcfg, prior, concept, prompt, latent, load_unet, weights, comfy, error
+):
+    terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
+    expected = gcfg(prior, prompt(0), terms, latent)
+    states = [{k: v.clone() for k, v in p.model.state_dict().items()} for p in (prior, concept)]
+    options = [dict(p.model_options["transformer_options"]) for p in (prior, concept)]
+
+    def fail(module, args):
+        if fail.left == 0:
+            raise error("stop")
+        fail.left -= 1
+
+    fail.left = 2
+    handle = concept.model.diffusion_model.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        gcfg(prior, prompt(0), terms, latent)
+    handle.remove()
+    for patcher, state, option in zip((prior, concept), states, options, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in patcher.model.state_dict().items())
+        assert patcher.model_options["transformer_options"] == option
+        assert getattr(patcher.model, "current_patcher", None) is None
+    assert torch.equal(gcfg(prior, prompt(0), terms, latent), expected)
+
+
+def test_interrupt_from_the_server(gcfg, prior, concept, prompt, latent, comfy):
+    management = comfy.model_management
+    terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
+    expected = gcfg(prior, prompt(0), terms, latent)
+    handle = concept.model.diffusion_model.register_forward_pre_hook(
+        lambda *_: management.interrupt_current_processing(True)
+    )
+    with pytest.raises(Exception, match="^$") as stopped:
+        gcfg(prior, prompt(0), terms, latent)
+    handle.remove()
+    management.interrupt_current_processing(False)
+    assert type(stopped.value).__name__ == "InterruptProcessingException"
+    assert torch.equal(gcfg(prior, prompt(0), terms, latent), expected)
+
+
+def _area(cond, *area):
+    return [
+        [tokens, {**options, "area": area, "strength": 1.0, "set_area_to_bounds": False}] for tokens, options in cond
+    ]
+
+
+def _mask(cond, mask):
+    return [
+        [tokens, {**options, "mask": mask, "mask_strength": 1.0, "set_area_to_bounds": False}]
+        for tokens, options in cond
+    ]
+
+
+def test_area_and_mask_conditionings(gcfg, stock, prior, prompt):
+    wide = {"samples": torch.zeros(1, 4, 8, 16)}
+    half = torch.zeros(1, 8, 16)
+    half[..., 8:] = 1.0
+    for extra in (_area(prompt(3), 8, 8, 0, 8), _mask(prompt(3), half)):
+        positive = prompt(1) + extra
+        expected = stock(prior, positive, prompt(2), wide)
+        assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], wide), expected)
+        assert not torch.equal(expected, stock(prior, prompt(1), prompt(2), wide))
+
+
+@pytest.fixture(scope="module")
+def controlnet(comfy, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("control") / "control.safetensors"
+    save_file(controlnet_state_dict(3), path)
+    return sys.modules["comfy.controlnet"].load_controlnet(str(path))
+
+
+def _controlled(nodes, net, positive, negative=None, strength=0.8):
+    hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(9))
+    if negative is None:
+        return nodes.ControlNetApply().apply_controlnet(positive, net, hint, strength)[0]
+    return nodes.ControlNetApplyAdvanced().apply_controlnet(positive, negative, net, hint, strength, 0.0, 1.0)
+
+
+def test_controlnet_on_both_prompts(gcfg, stock, prior, prompt, latent, controlnet):
+    positive, negative = _controlled(sys.modules["nodes"], controlnet, prompt(1), prompt(2))
+    expected = stock(prior, positive, negative, latent)
+    assert torch.equal(gcfg(prior, negative, [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
+    assert not torch.equal(expected, stock(prior, prompt(1), prompt(2), latent))
+
+
+def test_controlnet_of_the_plain_node_reaches_the_unconditional(
+    gcfg, stock, prior, concept, prompt, latent, controlnet
+):
+    positive = _controlled(sys.modules["nodes"], controlnet, prompt(1))
+    expected = stock(prior, positive, prompt(2), latent)
+    assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
+    terms = [GuidanceTerm(0.0001, conditioning=prompt(4)), GuidanceTerm(7.5, conditioning=positive)]
+    close = gcfg(prior, prompt(2), terms, latent)
+    assert float((close - expected).abs().max() / expected.abs().max()) < 1e-2, "whichever socket it is on"
+
+
+def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, concept, prompt, latent, controlnet):
+    """Against the sum of one-step predictions: D = D0 + w (C - D0), with C from the stock sampler at cfg 1."""
+    positive = _controlled(sys.modules["nodes"], controlnet, prompt(1), prompt(1))[0]
+    stock = sys.modules["nodes"].common_ksampler
+
+    def one_step(model, cond):
+        return stock(model, 1, 1, 1.0, "euler", "normal", cond, cond, latent)[0]["samples"]
+
+    base, control = one_step(prior, prompt(2)), one_step(concept, positive)
+    got = gcfg(prior, prompt(2), [GuidanceTerm(2.5, model=concept, conditioning=positive)], latent, steps=1)
+    expected = base + 2.5 * (control - base)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert not torch.equal(control, one_step(concept, prompt(1)))
+
+
+def test_patches_see_cond_and_uncond_only(gcfg, prior, prompt, latent):
+    seen = []
+    patched = prior.clone()
+    patched.set_model_attn2_patch(lambda n, k, v, extra: (seen.append(tuple(extra["cond_or_uncond"])), (n, k, v))[1])
+    terms = [GuidanceTerm(3.0, conditioning=prompt(i)) for i in (1, 2, 3)]
+    got = gcfg(patched, prompt(0), terms, latent)
+    assert {tuple(sorted(indices)) for indices in seen} == {(0, 0, 0, 1)}
+    assert torch.equal(got, gcfg(prior, prompt(0), terms, latent))
+
+
+def test_other_models_options_stay_their_own(gcfg, prior, concept, prompt, latent):
+    """A patch on one term's clone acts on that term and on nothing else."""
+    zero = prior.clone()
+    zero.set_model_attn2_patch(lambda n, k, v, extra: (n, torch.zeros_like(k), torch.zeros_like(v)))
+    terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=zero, conditioning=prompt(3))]
+    got = gcfg(prior, prompt(0), terms, latent)
+    other = [terms[0], GuidanceTerm(2.0, model=zero, conditioning=prompt(4))]
+    assert torch.equal(got, gcfg(prior, prompt(0), other, latent)), "its text no longer matters"
+    third = [GuidanceTerm(3.0, conditioning=prompt(5)), terms[1]]
+    assert not torch.equal(got, gcfg(prior, prompt(0), third, latent)), "the other term's text does"
+
+
+def test_term_outside_its_conditionings_range_is_left_out(gcfg, prior, prompt, latent):
+    ranged = sys.modules["nodes"].ConditioningSetTimestepRange().set_range(prompt(3), 0.0, 0.5)[0]
+    first = GuidanceTerm(3.0, conditioning=prompt(1))
+    got = gcfg(prior, prompt(0), [first, GuidanceTerm(2.0, conditioning=ranged)], latent)
+    expected = gcfg(prior, prompt(0), [first, GuidanceTerm(2.0, end_percent=0.5, conditioning=prompt(3))], latent)
+    assert torch.equal(got, expected)
