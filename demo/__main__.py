@@ -1,173 +1,32 @@
-"""`python -m comfyui_gcfg.demo`: start a real ComfyUI, run the shared workflows, write images and a contact sheet."""
+"""`python -m comfyui_gcfg.demo`: every end but a good one is one sentence and a non-zero exit code."""
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import typer
-from tqdm import tqdm
-
-from . import files
-from .client import Client, Progress, Prompt
-from .errors import DemoError
-from .server import PACK, Server, find_comfyui
-from .sheet import Entry, contact_sheet
-from .workflow import problems, to_prompt
-
-WORKFLOWS = PACK / "workflows"
-SMALL_SIZE, SMALL_STEPS = 192, 8  # the small models' defaults; with MODEL= the workflow's own
+from .errors import DemoError, Stopped
 
 
-@dataclass(frozen=True)
-class Job:
-    """A workflow of the demo, ready to be queued."""
-
-    name: str
-    prompt: Prompt
-
-
-def choose(only: list[str]) -> list[Path]:
-    """Return the workflow files to run. Raises: DemoError: if a name is not one of them."""
-    found = {path.stem: path for path in sorted(WORKFLOWS.glob("*.json"))}
-    unknown = [name for name in only if name not in found]
-    if unknown:
-        raise DemoError(f"--only {unknown[0]}: no such workflow; choose from {', '.join(found)}.")
-    return [found[name] for name in only] if only else list(found.values())
-
-
-def prepare(
-    client: Client, paths: list[Path], own: dict[str, str] | None, size: int | None, steps: int | None
-) -> list[Job]:
-    """Convert the workflows for this server, leaving out those that need files the user did not give."""
-    jobs = []
-    for path in paths:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-        wrong = problems(workflow, client.object_info, files=own is None)
-        if wrong:
-            raise DemoError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
-        prompt = files.shrunk(to_prompt(workflow, client.object_info), size, steps)
-        missing = files.files_of(prompt) - set(own) if own is not None else set()
-        if missing:
-            print(f"skipped {path.stem}: it also needs {', '.join(sorted(missing))}")
-            continue
-        jobs.append(Job(path.stem, files.renamed(prompt, own or {})))
-    return jobs
-
-
-def execute(client: Client, job: Job, output: Path) -> Entry:
-    """Run one workflow with a progress bar and save its images as `output/<image>.png`."""
-    with tqdm(total=1, desc=job.name, unit="step", file=sys.stderr, leave=False) as bar:
-        node: str | None = None
-
-        def show(progress: Progress) -> None:
-            nonlocal node
-            if progress.node != node:  # the next sampler of the workflow
-                node = progress.node
-                bar.reset(progress.total)
-            bar.update(progress.done - bar.n)
-
-        run = client.run(job.prompt, show)
-    if not run.images:
-        raise DemoError(f"{job.name}: the prompt ended without an image; look at the server's log.")
-    images = []
-    for reference in run.images:
-        stem = reference["filename"].rsplit("_", 2)[0]
-        path = output / f"{stem}.png"
-        path.write_bytes(client.image(reference))
-        images.append((stem.removeprefix(job.name).lstrip("-"), path))
-    print(f"{job.name}: {run.seconds:.1f} s")
-    return Entry(job.name, tuple(images), run.seconds)
-
-
-def uses_cpu(device: str) -> bool:
-    """Whether to start ComfyUI with --cpu. Raises: DemoError: if `device` is neither auto, cpu nor gpu."""
-    import torch  # seconds: not before --help is answered
-
-    if device not in ("auto", "cpu", "gpu"):
-        raise DemoError(f"--device {device}: expected auto, cpu or gpu.")
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if device == "gpu" and not gpu:
-        raise DemoError("--device gpu: this torch finds no GPU; install a torch for it, or leave --device out.")
-    return device == "cpu" or not gpu
-
-
-def demo(
-    only: Annotated[list[str] | None, typer.Option(help="Run this workflow only; may be given several times.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the images and the contact sheet.")] = Path("output"),
-    cache: Annotated[Path, typer.Option(help="Folder for the small models and the server's files.")] = Path(
-        ".cache/demo"
-    ),
-    port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 192 for the small models.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 8 for the small models.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
-    model: Annotated[
-        Path | None, typer.Option(envvar="MODEL", help="Your SD1.5 checkpoint, used instead of the small models.")
-    ] = None,
-    concept: Annotated[
-        Path | None, typer.Option(envvar="CONCEPT", help="Your SD1.5 concept UNet, to go with --model.")
-    ] = None,
-) -> None:
-    """Start a real ComfyUI and run the shared workflows; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
-
-    Without --model the models are small, untrained ones in the real file layouts: the images show that everything
-    runs, not what it is good for.
-    """
-    started = time.monotonic()
-    if concept and not model:
-        raise DemoError("CONCEPT needs MODEL, the SD1.5 checkpoint that it was trained from.")
-    paths = choose(only or [])
-    work = (cache / ("own" if model else "small")).resolve()
-    if model:
-        own: dict[str, str] | None = files.use_own(work / "models", model, concept)
-    else:
-        own, size, steps = None, size or SMALL_SIZE, steps or SMALL_STEPS
-        files.make_small_models(work / "models", print)
-    files.make_inputs(work / "input", size or 512)
-    output.mkdir(parents=True, exist_ok=True)
-    comfyui = find_comfyui()
-    server = Server(work, port, comfyui, uses_cpu(device))
-    print(f"Starting ComfyUI ({comfyui or 'pip-packaged'}) on port {server.port} ...")
-    with server:
-        print(f"ready after {server.start_seconds:.1f} s")
-        entries = [execute(server.client, job, output) for job in prepare(server.client, paths, own, size, steps)]
-    if not entries:
-        raise DemoError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
-    sheet = output / "contact-sheet.png"
-    contact_sheet(entries).save(sheet)
-    count = sum(len(entry.images) for entry in entries)
-    print(f"\n{len(entries)} workflows, {count} images in {time.monotonic() - started:.0f} s:")
-    for entry in entries:
-        print(f"  {entry.workflow:32} {entry.seconds:6.1f} s   {', '.join(str(path) for _, path in entry.images)}")
-    print(f"Contact sheet: {sheet}")
-
-
-def _on_sigterm(*_: object) -> NoReturn:
-    raise KeyboardInterrupt  # end as Ctrl-C does: in order
+def _stop(*_: object) -> NoReturn:
+    raise Stopped
 
 
 def main() -> None:
-    """Run the command; every failure ends as one sentence and a non-zero code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(demo)
+    """Run the demo command."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
-        code = app(prog_name="python -m comfyui_gcfg.demo", standalone_mode=False)
-    except typer.Exit as end:
-        code = end.exit_code
+        from .command import app  # seconds of imports, in which Ctrl-C must work too
+
+        app(prog_name="python -m comfyui_gcfg.demo")
     except DemoError as error:
         print(f"Error: {error}", file=sys.stderr)
-        code = 1
-    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(1)
+    except Stopped:
         print("Stopped; the server has been shut down.", file=sys.stderr)
-        code = 130
-    sys.exit(code or 0)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

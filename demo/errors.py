@@ -25,3 +25,7 @@ class PromptFailed(DemoError):
 
 class PromptInterrupted(DemoError):
     """The prompt was cancelled while it ran."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; a BaseException, so that no library takes it for an error of its own."""
