@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ CONCEPT = "ffhq-concept.safetensors"
 CANNY = "control_v11p_sd15_canny_fp16.safetensors"
 XL = "sd_xl_base_1.0.safetensors"
 XL_LORA = "pixel-art-xl.safetensors"
+HALF = torch.float16
 NAMES = (PRIOR, CUSTOM, CONCEPT, CANNY, XL, XL_LORA)
 
 
@@ -45,29 +47,46 @@ def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None)
     for kind in {kind for kind, _ in _places()}:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    half = torch.float16
-    prior, vae = models.unet_state_dict("sd15", seed=15, dtype=half), models.vae_state_dict(half)
-    clip = models.clip_l_state_dict(seed=1, dtype=half)
-    concept = models.fine_tuned(prior, seed=2, strength=0.5)
-    concept = fold(concept, models.null_text_features(prior, text.empty_prompt(clip)))
-    xl = models.unet_state_dict("sdxl", seed=10, dtype=half)
-
-    def checkpoint(path: Path, **parts: object) -> None:
-        models.save_checkpoint(path, vae=vae, **parts)  # type: ignore[arg-type]
-
+    parts = _Parts()
     writers: dict[str, Callable[[Path], None]] = {
-        PRIOR: lambda path: checkpoint(path, unet=prior, clip=clip),
-        CUSTOM: lambda path: checkpoint(path, unet=models.fine_tuned(prior, seed=3, strength=0.5)),
-        CONCEPT: lambda path: save_file(concept, path),
-        CANNY: lambda path: save_file(models.controlnet_state_dict(seed=4, dtype=half), path),
-        XL: lambda path: checkpoint(path, unet=xl, clip=clip, clip_g=True),
-        XL_LORA: lambda path: save_file(models.to_dtype(models.lora_state_dict(xl, seed=5), half), path),
+        PRIOR: lambda path: models.save_checkpoint(path, parts.prior, parts.vae, parts.clip),
+        CUSTOM: lambda path: models.save_checkpoint(path, models.fine_tuned(parts.prior, 3, 0.5), parts.vae),
+        CONCEPT: lambda path: save_file(parts.concept, path),
+        CANNY: lambda path: save_file(models.controlnet_state_dict(seed=4, dtype=HALF), path),
+        XL: lambda path: models.save_checkpoint(path, parts.xl, parts.vae, parts.clip, clip_g=True),
+        XL_LORA: lambda path: save_file(models.to_dtype(models.lora_state_dict(parts.xl, seed=5), HALF), path),
     }
     for kind, name in _places():
         part = folder / kind / f"{name}.{os.getpid()}.part"
         writers[name](part)
         part.replace(folder / kind / name)
     stamp.write_text(json.dumps({"recipe": recipe()}))
+
+
+class _Parts:
+    """The parts that several files share, each made when first needed."""
+
+    @cached_property
+    def prior(self) -> models.StateDict:
+        return models.unet_state_dict("sd15", seed=15, dtype=HALF)
+
+    @cached_property
+    def xl(self) -> models.StateDict:
+        return models.unet_state_dict("sdxl", seed=10, dtype=HALF)
+
+    @cached_property
+    def vae(self) -> models.StateDict:
+        return models.vae_state_dict(HALF)
+
+    @cached_property
+    def clip(self) -> models.StateDict:
+        return models.clip_l_state_dict(seed=1, dtype=HALF)
+
+    @cached_property
+    def concept(self) -> models.StateDict:
+        """A fine-tune of the prior in null-text mode, in the folded form."""
+        features = models.null_text_features(self.prior, text.empty_prompt(self.clip))
+        return fold(models.fine_tuned(self.prior, seed=2, strength=0.5), features)
 
 
 def _places() -> list[tuple[str, str]]:

@@ -107,7 +107,7 @@ def test_runs_and_makes_finite_changing_images(client, server, api_prompt, pixel
         assert latent.std() > 0.05
 
 
-@pytest.mark.parametrize("name", ["text-guided-concept", "several-conditions", "stylised-control", "sdxl"])
+@pytest.mark.parametrize("name", ["several-conditions", "stylised-control"])
 def test_every_term_changes_the_image(client, api_prompt, pixels, name):
     """Switching any one term off gives another image: no term is decoration."""
     prompt = api_prompt(name)
