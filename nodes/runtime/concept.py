@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.model_detection
 import comfy.sd
 import comfy.utils
 import torch
@@ -52,7 +53,13 @@ def load_concept_unet(
     if found.form == "compact":
         unet = fill_for_detection(unet, found.context_dim)
         unet = {key: tensor for key, tensor in unet.items() if not key.endswith(FEATURE)}
-    patcher = _load(unet, weight_dtype, disable_dynamic, source, found)
+    _check_recognised(unet, found, source)
+    options = {
+        "model_options": dict(_OPTIONS[weight_dtype]),
+        "metadata": header.metadata or None,
+        "disable_dynamic": disable_dynamic,
+    }
+    patcher = _load(unet, options, source)
     freed = _free_attention(patcher, null_text) if null_text else (0, 0)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (load_concept_unet, (path, weight_dtype, name))
@@ -60,11 +67,25 @@ def load_concept_unet(
     return patcher
 
 
-def _load(unet: dict[str, torch.Tensor], weight_dtype: str, disable_dynamic: bool, source: str, found: Any) -> Any:
+def _check_recognised(unet: dict[str, torch.Tensor], found: ConceptFile, source: str) -> None:
+    try:
+        config = comfy.model_detection.model_config_from_unet(unet, "")
+    except KeyError as error:
+        raise GuidanceError(
+            f"{source} is incomplete: the UNet's tensor {error} is missing, found {len(unet)}; export or download the "
+            "file again."
+        ) from error
+    if config is None:
+        raise GuidanceError(
+            f"{source} is a UNet of {len(unet)} tensors for text of width {found.context_dim} that this ComfyUI does "
+            "not recognise, expected one of the SD1.x, SD2.x or SDXL family."
+        )
+
+
+def _load(unet: dict[str, torch.Tensor], options: dict[str, Any], source: str) -> Any:
     """Load through the stock loader, which only logs what a file lacks: that must not pass in silence."""
     keys = frozenset(unet)
     accepted = inspect.signature(_load_state_dict).parameters
-    options = {"model_options": dict(_OPTIONS[weight_dtype]), "disable_dynamic": disable_dynamic}
     try:
         patcher = _load_state_dict(unet, **{key: value for key, value in options.items() if key in accepted})
     except RuntimeError as error:
@@ -72,11 +93,6 @@ def _load(unet: dict[str, torch.Tensor], weight_dtype: str, disable_dynamic: boo
             raise
         mismatch = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise GuidanceError(f"{source} does not fit its own layout ({mismatch}); export the file again.") from error
-    if patcher is None:
-        raise GuidanceError(
-            f"{source} is a UNet of {len(keys)} tensors for text of width {found.context_dim} that this ComfyUI does "
-            "not recognise, expected one of the SD1.x, SD2.x or SDXL family."
-        )
     missing = [key for key in patcher.model.diffusion_model.state_dict() if key not in keys]
     if missing:
         raise GuidanceError(

@@ -128,7 +128,7 @@ def cases():
         yield "sdxl", form, "diffusers" if form == "compact" else "LDM", "checkpoint"
 
 
-@pytest.mark.parametrize(("family", "form", "naming", "where"), cases())
+@pytest.mark.parametrize(("family", "form", "naming", "where"), list(cases()))
 def test_every_form_naming_and_prefix(
     loader, folders, state_dict, load_unet, evaluate, stock_outputs, caplog, family, form, naming, where
 ):
@@ -386,6 +386,18 @@ def test_a_file_that_lacks_a_layer_is_not_loaded_in_silence(loader, folders, sta
     assert refusal(loader, "part.safetensors") == (
         "Load Concept UNet: unet_name 'part.safetensors' is incomplete: 1 of the UNet's tensors are missing, first "
         f"'middle_block.0.in_layers.2.weight', found {len(sd) + 6 * blocks}; export or download the file again."
+    )
+
+
+def test_a_file_that_lacks_what_tells_its_family(loader, folders, state_dict):
+    sd = dict(state_dict("sd15", "compact"))
+    del sd["input_blocks.1.1.proj_in.weight"]
+    save_file(sd, folders[0] / "part.safetensors")
+    blocks = sum("null_text" in key for key in sd)
+    assert refusal(loader, "part.safetensors") == (
+        "Load Concept UNet: unet_name 'part.safetensors' is incomplete: the UNet's tensor "
+        f"'input_blocks.1.1.proj_in.weight' is missing, found {len(sd) + 6 * blocks}; export or download the file "
+        "again."
     )
 
 
