@@ -19,7 +19,7 @@ _UNCONDITIONAL = (
     "CONDITIONING",
     {"tooltip": "The unconditional prompt, usually an empty text. A negative prompt works as in a KSampler."},
 )
-_SEED = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
+_SEED: dict[str, Any] = {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True}
 _SEED["tooltip"] = "Seed of the noise."
 _STEPS = ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Number of sampling steps."})
 _SAMPLER = (SAMPLERS, {"tooltip": "The solver, as in the KSampler."})
@@ -64,7 +64,7 @@ class GCFGKSampler:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Inputs of the node, in ComfyUI's V1 form."""
-        denoise = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
+        denoise: dict[str, Any] = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
         denoise["tooltip"] = "How much of the latent image is replaced; below 1 it keeps its structure (img2img)."
         return {
             "required": {

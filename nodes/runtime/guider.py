@@ -34,6 +34,12 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
     """
 
+    # Of one run, set while it is on.
+    conds: dict[str, list[dict]]
+    lanes: list[Lane]
+    step_plan: GuidancePlan
+    ranged: set[str]
+
     def __init__(self, model_patcher: Any, unconditional: Any, terms: Sequence[GuidanceTerm], node: str) -> None:
         super().__init__(model_patcher)
         if not terms:
@@ -94,7 +100,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         base = self.model_patcher
         models = [self.plan.terms[index].term.model for index in used]
         models = [base if model is None else versions.without_dynamic_hooks(model, conds) for model in models]
-        self.lanes: list[Lane] = build_lanes(base, models, keys, versions.has_weight_hooks(conds))
+        self.lanes = build_lanes(base, models, keys, versions.has_weight_hooks(conds))
         checks.warn_ignored_hooks(self.lanes, _CFG_HOOKS)
 
     def inner_sample(
@@ -132,7 +138,6 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 lane.conds = dict(zip(lane.keys, processed.values(), strict=True))
             versions.activate(base.patcher)
             self.conds = base.conds  # stock code processes these
-            self.ranged: set[str] | None = None
             return super().inner_sample(
                 noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs
             )
@@ -153,7 +158,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """
         options = model_options or {}
         base_lane = self.lanes[0]
-        if self.ranged is None:  # the first evaluation: stock code has just processed the base's conditionings
+        if "ranged" not in vars(self):  # the first evaluation: stock code has just processed the base's conditionings
             self.conds = base_lane.conds = {**self._all_conds(), **self.conds}
             self.ranged = {key for key, conds in self.conds.items() if has_range(conds)}
         terms = self._active(timestep)

@@ -77,7 +77,7 @@ def has_weight_hooks(conds: dict[str, list[dict]]) -> bool:
     """Whether a conditioning (or its ControlNet) brings hooks, which write into weights in place while sampling."""
     for entries in conds.values():
         for entry in entries:
-            control = entry.get("control")
+            control: Any = entry.get("control")
             if "hooks" in entry or (hasattr(control, "get_extra_hooks") and control.get_extra_hooks()):
                 return True
     return False
