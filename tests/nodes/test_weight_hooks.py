@@ -1,0 +1,87 @@
+"""LoRAs that act on one conditioning only (ComfyUI's hooks), where the version has them."""
+
+import gc
+
+import pytest
+import torch
+from comfyui_gcfg.demo.models import lora_state_dict
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+
+
+@pytest.fixture
+def hooked(comfy, weights):
+    """A conditioning that brings a LoRA, as Create Hook LoRA + Cond Set Props make it."""
+    try:
+        import comfy.hooks
+    except ModuleNotFoundError:
+        pytest.skip("this ComfyUI has no hooks")
+
+    def make(conditioning, seed, strength=1.0):
+        group = comfy.hooks.create_hook_lora(lora_state_dict(weights("sd15", 0), seed), strength, 0.0)
+        return comfy.hooks.set_hooks_for_conditioning(conditioning, group)
+
+    return make
+
+
+def test_one_hooked_term_equals_stock(gcfg, stock, prior, prompt, latent, hooked):
+    positive = hooked(prompt(1), 1)
+    expected = stock(prior, positive, prompt(2), latent)
+    assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
+    assert not torch.equal(expected, stock(prior, prompt(1), prompt(2), latent))
+
+
+def test_hook_equals_a_model_with_that_lora(gcfg, comfy, load_unet, weights, prior, prompt, latent, hooked):
+    """A hooked term on the base, beside a term on a clone with another LoRA: the same as two separate models."""
+
+    def with_lora(model, seed):
+        return comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights("sd15", 0), seed), 1.0, 0.0)[0]
+
+    clean = {key: value.clone() for key, value in prior.model.state_dict().items()}
+    terms = [
+        GuidanceTerm(4.0, conditioning=hooked(prompt(1), 1)),
+        GuidanceTerm(2.0, model=with_lora(prior, 2), conditioning=prompt(3)),
+    ]
+    got = gcfg(prior, prompt(0), terms, latent)
+    separate = [
+        GuidanceTerm(4.0, model=with_lora(load_unet(weights("sd15", 0)), 1), conditioning=prompt(1)),
+        GuidanceTerm(2.0, model=with_lora(load_unet(weights("sd15", 0)), 2), conditioning=prompt(3)),
+    ]
+    expected = gcfg(prior, prompt(0), separate, latent)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(value, clean[key]) for key, value in prior.model.state_dict().items())
+    gc.collect()
+
+
+def test_hooks_of_one_term_do_not_leak_into_a_clone_of_equal_weights(gcfg, prior, prompt, latent, hooked):
+    """Two lanes on one module: the other lane's step begins with the hooked weights taken back."""
+    other = prior.clone()
+    other.set_model_attn2_patch(lambda n, k, v, extra: (n, k, v))  # other options, same weights: a lane of its own
+    terms = [
+        GuidanceTerm(4.0, conditioning=hooked(prompt(1), 1)),
+        GuidanceTerm(2.0, model=other, conditioning=prompt(3)),
+    ]
+    got = gcfg(prior, prompt(0), terms, latent)
+    plain = [terms[0], GuidanceTerm(2.0, conditioning=prompt(3))]
+    expected = gcfg(prior, prompt(0), plain, latent)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_both_terms_hooked_differently(gcfg, load_unet, weights, comfy, prior, concept, prompt, latent, hooked):
+    terms = [
+        GuidanceTerm(4.0, conditioning=hooked(prompt(1), 1)),
+        GuidanceTerm(2.0, model=concept, conditioning=hooked(prompt(3), 2)),
+    ]
+    got = gcfg(prior, prompt(0), terms, latent)
+
+    def with_lora(seed, lora):
+        model = load_unet(weights("sd15", seed))
+        return comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights("sd15", 0), lora), 1.0, 0.0)[0]
+
+    separate = [
+        GuidanceTerm(4.0, model=with_lora(0, 1), conditioning=prompt(1)),
+        GuidanceTerm(2.0, model=with_lora(1, 2), conditioning=prompt(3)),
+    ]
+    expected = gcfg(prior, prompt(0), separate, latent)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert torch.equal(got, gcfg(prior, prompt(0), terms, latent)), "and again"
