@@ -4,7 +4,6 @@ import sys
 
 NODE_CLASS_MAPPINGS = {}
 NODE_DISPLAY_NAME_MAPPINGS = {}
-WEB_DIRECTORY = "./web"
 
 # ComfyUI has imported its `folder_paths` before it loads any pack; the trainer and the tests, which import this
 # package under its installed name, have not, and must not load ComfyUI with it.
@@ -16,4 +15,4 @@ if "folder_paths" in sys.modules:
             NODE_CLASS_MAPPINGS[node_id] = node
             NODE_DISPLAY_NAME_MAPPINGS[node_id] = display_name
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -48,7 +48,9 @@ def other_out(model):
 
 
 @pytest.fixture(scope="module")
-def variants(lora):
+def variants(lora, prompt):
+    from comfyui_gcfg.nodes.runtime.null_text import patch_null_text
+
     return {
         "plain": lambda model: model,
         "lora 1": lambda model: lora(model, 1),
@@ -56,6 +58,8 @@ def variants(lora):
         "v": v_prediction,
         "v and lora": lambda model: v_prediction(lora(model, 1)),
         "out": other_out,
+        "null": lambda model: patch_null_text(model, prompt(9), "uniform_mean"),
+        "null and lora": lambda model: patch_null_text(lora(model, 1), prompt(9), "uniform_mean"),
     }
 
 
@@ -93,6 +97,9 @@ CASES = [
     ("lora 1", "v and lora", "v"),
     ("plain", "out", "lora 1"),
     ("lora 2", "lora 2", "lora 1"),
+    ("plain", "null"),
+    ("null", "plain", "lora 1"),
+    ("plain", "null and lora", "null", "lora 2"),
 ]
 
 
