@@ -1,4 +1,4 @@
-"""Tensor names and shapes of the real checkpoint layouts, with as few blocks as detection allows."""
+"""Tensor names and shapes of the real checkpoint layouts, with as few blocks as detection allows, or all of SD1.5's."""
 
 from __future__ import annotations
 
@@ -21,16 +21,26 @@ class Family:
         linear: whether a transformer's proj_in/proj_out are matrices (SD2.x, SDXL) or 1x1 convolutions (SD1.x).
         adm: width of the pooled vector, 0 for none.
         depths: transformer depth at each resolution; [0, 2, 5] is the shortest list that is still an SDXL (KOALA).
+        widths: channels at each resolution in units of 320; () for 1 everywhere.
+        blocks: residual blocks at each resolution on the way down; one more on the way up.
     """
 
     context_dim: int
     linear: bool
     adm: int
     depths: tuple[int, ...]
+    widths: tuple[int, ...] = ()
+    blocks: int = 1
+
+    def channels(self, level: int) -> int:
+        """Return the channels at a resolution."""
+        return CHANNELS * (self.widths[level] if self.widths else 1)
 
 
 FAMILIES = {
     "sd15": Family(context_dim=768, linear=False, adm=0, depths=(1,)),
+    # The published SD1.5: 859,520,964 parameters.
+    "sd15-full": Family(context_dim=768, linear=False, adm=0, depths=(1, 1, 1, 0), widths=(1, 2, 4, 4), blocks=2),
     "sd21": Family(context_dim=1024, linear=True, adm=0, depths=(1,)),
     "sdxl": Family(context_dim=2048, linear=True, adm=2816, depths=(0, 2, 5)),
 }
@@ -79,61 +89,66 @@ def _transformer(c: int, family: Family, depth: int) -> Shapes:
     return shapes
 
 
-def _stage(c_in: int, family: Family, depth: int) -> Shapes:
-    shapes = _under("0", _res_block(c_in, CHANNELS))
-    return {**shapes, **_under("1", _transformer(CHANNELS, family, depth))} if depth else shapes
+def _stage(c_in: int, c_out: int, family: Family, depth: int) -> Shapes:
+    shapes = _under("0", _res_block(c_in, c_out))
+    return {**shapes, **_under("1", _transformer(c_out, family, depth))} if depth else shapes
 
 
-def _middle(family: Family) -> Shapes:
+def _middle(c: int, family: Family) -> Shapes:
     return {
-        **_under("middle_block.0", _res_block(CHANNELS, CHANNELS)),
-        **_under("middle_block.1", _transformer(CHANNELS, family, 1)),
-        **_under("middle_block.2", _res_block(CHANNELS, CHANNELS)),
+        **_under("middle_block.0", _res_block(c, c)),
+        **_under("middle_block.1", _transformer(c, family, 1)),
+        **_under("middle_block.2", _res_block(c, c)),
     }
 
 
-def _encoder(family: Family) -> tuple[Shapes, int]:
-    """Return the shapes of the down path (with time and label embedding) and its number of input blocks."""
+def _encoder(family: Family) -> tuple[Shapes, list[int]]:
+    """Return the shapes of the down path (with time and label embedding) and the channels each input block gives."""
     c, t = CHANNELS, TIME_CHANNELS
     shapes = {**_affine("time_embed.0", t, c), **_affine("time_embed.2", t, t)}
     if family.adm:
         shapes |= {**_affine("label_emb.0.0", t, family.adm), **_affine("label_emb.0.2", t, t)}
     shapes |= _affine("input_blocks.0.0", c, 4, 3, 3)
-    index = 1
+    skips = [c]
     for level, depth in enumerate(family.depths):
         if level:
-            shapes |= _affine(f"input_blocks.{index}.0.op", c, c, 3, 3)
-            index += 1
-        shapes |= _under(f"input_blocks.{index}", _stage(c, family, depth))
-        index += 1
-    return shapes, index
+            shapes |= _affine(f"input_blocks.{len(skips)}.0.op", c, c, 3, 3)
+            skips.append(c)
+        for _ in range(family.blocks):
+            shapes |= _under(f"input_blocks.{len(skips)}", _stage(c, family.channels(level), family, depth))
+            c = family.channels(level)
+            skips.append(c)
+    return shapes, skips
 
 
 def unet(family: Family) -> Shapes:
-    """Bare LDM names (`input_blocks.0.0.weight`, ...) of a UNet with one residual block per resolution."""
-    shapes, _ = _encoder(family)
-    shapes |= _middle(family)
+    """Bare LDM names (`input_blocks.0.0.weight`, ...) of a UNet."""
+    shapes, skips = _encoder(family)
+    c = skips[-1]
+    shapes |= _middle(c, family)
     index = 0
     for level in reversed(range(len(family.depths))):
         depth = min(family.depths[level], 1)
-        for last in (False, True):
-            shapes |= _under(f"output_blocks.{index}", _stage(2 * CHANNELS, family, depth))
-            if last and level:
+        for block in range(family.blocks + 1):
+            shapes |= _under(f"output_blocks.{index}", _stage(c + skips.pop(), family.channels(level), family, depth))
+            c = family.channels(level)
+            if block == family.blocks and level:
                 slot = 2 if depth else 1
-                shapes |= _affine(f"output_blocks.{index}.{slot}.conv", CHANNELS, CHANNELS, 3, 3)
+                shapes |= _affine(f"output_blocks.{index}.{slot}.conv", c, c, 3, 3)
             index += 1
     return {**shapes, **_affine("out.0", CHANNELS), **_affine("out.2", 4, CHANNELS, 3, 3)}
 
 
 def controlnet(family: Family) -> Shapes:
     """LDM names of a ControlNet for that UNet, `control_model.` prefix included."""
-    shapes, blocks = _encoder(family)
-    shapes |= _middle(family)
+    shapes, skips = _encoder(family)
+    shapes |= _middle(skips[-1], family)
     for i, (c_in, c_out) in enumerate(pairwise(HINT_CHANNELS)):
         shapes |= _affine(f"input_hint_block.{2 * i}", c_out, c_in, 3, 3)
-    for i in range(blocks):
-        shapes |= _affine(f"zero_convs.{i}.0", CHANNELS, CHANNELS, 1, 1)
-    return _under("control_model", {**shapes, **_affine("middle_block_out.0", CHANNELS, CHANNELS, 1, 1)})
+    for i, c in enumerate(skips):
+        shapes |= _affine(f"zero_convs.{i}.0", c, c, 1, 1)
+    c = skips[-1]
+    return _under("control_model", {**shapes, **_affine("middle_block_out.0", c, c, 1, 1)})
 
 
 def vae() -> Shapes:

@@ -31,7 +31,7 @@ LATENT_RGB = (
 VAE_SCALE = 0.18215
 
 # What GroupNorm takes off the input's own features on their way to the output (measured), to be given back.
-FOLLOW = {"sd15": 2.1, "sd21": 2.1, "sdxl": 3.8}
+FOLLOW = {"sd15": 2.1, "sd15-full": 2.1, "sd21": 2.1, "sdxl": 3.8}
 
 # Gain over 1/sqrt(fan_in) by the end of the name; what is not listed gets 1.
 GAINS = {
@@ -95,10 +95,10 @@ def _follow_input(sd: StateDict, seed: int, gain: float) -> None:
 def unet_state_dict(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float32, zero_text: bool = False
 ) -> StateDict:
-    """Return a small UNet in bare LDM keys that ComfyUI detects as `family`.
+    """Return a UNet in bare LDM keys that ComfyUI detects as `family`.
 
     Args:
-        family: "sd15" (25.8 M parameters), "sd21" or "sdxl".
+        family: "sd15" (25.8 M parameters), "sd21" or "sdxl"; "sd15-full" is not small (859.5 M).
         seed: one seed, one set of weights, on every machine.
         dtype: of the returned tensors.
         zero_text: whether every attn2.to_v.weight is 0, so that text changes nothing.
