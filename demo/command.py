@@ -20,7 +20,7 @@ from .sheet import Entry, contact_sheet
 from .workflow import problems, to_prompt
 
 WORKFLOWS = PACK / "workflows"
-SMALL_SIZE, SMALL_STEPS = 192, 8  # the small models' defaults; with MODEL= the workflow's own
+SMALL_SIZE, SMALL_STEPS = 128, 6  # the small models' defaults; with MODEL= the workflow's own
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def demo(
         ".cache/demo"
     ),
     port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 192 for the small models.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 8 for the small models.")] = None,
+    size: Annotated[int | None, typer.Option(help="Largest width and height; 126 for the small models.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 6 for the small models.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     model: Annotated[
         Path | None, typer.Option(envvar="MODEL", help="Your SD1.5 checkpoint, used instead of the small models.")
