@@ -62,9 +62,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     def set_cfg(self, cfg: float) -> None:
         """Ignored: the terms bring the weights."""
 
-    def sample(
-        self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, denoise_mask: Any = None, **kwargs: Any
-    ) -> Any:
+    def sample(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
         """Stock sampling, which leaves every model as it found it even when it fails or is interrupted."""
         if sigmas.shape[-1] == 0:
             return latent_image
@@ -72,7 +70,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         used = self._used(sigmas)
         try:
             self._build_lanes(used)
-            return super().sample(noise, latent_image, sampler, sigmas, denoise_mask, **kwargs)
+            return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))

@@ -252,6 +252,24 @@ def test_patches_see_cond_and_uncond_only(gcfg, prior, prompt, latent):
     assert torch.equal(got, gcfg(prior, prompt(0), terms, latent))
 
 
+def test_replaced_batch_function_gets_pairs(gcfg, prior, prompt, latent, comfy):
+    """A `sampler_calc_cond_batch_function` knows two conditionings, so it never sees more."""
+    sizes = []
+
+    def calc(args):
+        sizes.append(len(args["conds"]))
+        return comfy.samplers.calc_cond_batch(
+            args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+        )
+
+    clone = prior.clone()
+    clone.model_options["sampler_calc_cond_batch_function"] = calc
+    terms = [GuidanceTerm(3.0, conditioning=prompt(i)) for i in (1, 2, 3)]
+    got, expected = gcfg(clone, prompt(0), terms, latent), gcfg(prior, prompt(0), terms, latent)
+    assert set(sizes) == {2}
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5, "batches of other sizes round differently"
+
+
 def test_other_models_options_stay_their_own(gcfg, prior, concept, prompt, latent):
     """A patch on one term's clone acts on that term and on nothing else."""
     zero = prior.clone()
