@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 from ..gcfg.errors import GuidanceError
-from .inspect_file import inspect_file, report
 
 try:
     import typer
@@ -28,6 +27,8 @@ def inspect_command(
     file: Annotated[Path, typer.Argument(help="A .safetensors file: a UNet, a concept model or a whole checkpoint.")],
 ) -> None:
     """Tell what a UNet file is: its form, key naming, prefix, blocks, size and metadata."""
+    from .inspect_file import inspect_file, report  # torch takes seconds: not before --help is answered
+
     try:
         typer.echo(report(inspect_file(file)))
     except GuidanceError as error:
