@@ -81,7 +81,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
     def _used(self, sigmas: Tensor) -> list[int]:
         """The terms that can act in this run; says which never do."""
-        steps = [float(sigma) for sigma in sigmas[:-1]] or [float(sigmas[0])]
+        *steps, last = sigmas.tolist()
+        steps = steps or [last]
         for idle in self.plan.idle(steps):
             logging.warning(
                 "Guidance Term '%s': no step of this run lies between %g and %g of the noise schedule, so the term "
@@ -90,7 +91,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 idle.term.start_percent,
                 idle.term.end_percent,
             )
-        return list(self.plan.used(steps))
+        return list(self.plan.used([*steps, last]))
 
     def _build_lanes(self, used: Sequence[int]) -> None:
         keys = [self.keys[index] for index in used]
@@ -226,11 +227,11 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         if not self.ranged and not self.step_plan.needs_sigma:
             return self.step_plan.active(0.0)  # no host synchronisation where no weight depends on sigma
         sigma = float(timestep[0])
-        return tuple(
-            term
-            for term in self.step_plan.active(sigma)
-            if self.keys[term.index] not in self.ranged or covers(self.conds[self.keys[term.index]], sigma)
-        )
+
+        def takes_part(key: str) -> bool:
+            return key in self.conds and (key not in self.ranged or covers(self.conds[key], sigma))
+
+        return tuple(term for term in self.step_plan.active(sigma) if takes_part(self.keys[term.index]))
 
     def _check_base_covers(self, timestep: Tensor) -> None:
         if BASE in self.ranged and not covers(self.conds[BASE], float(timestep[0])):
