@@ -1,0 +1,110 @@
+"""The benchmark command: one run, one machine, the same models; a table of ratios, and the same as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import runpy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..demo.command import uses_cpu
+from ..demo.errors import DemoError
+from ..demo.server import find_comfyui
+from .figures import Figure, table, write_json
+from .files import make_files
+from .inprocess import import_comfyui
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def bench(
+    small: Annotated[bool, typer.Option("--small", help="The demo's small UNet, not all of SD1.5.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of everything that is timed.")] = 3,
+    size: Annotated[int, typer.Option(min=64, help="Width and height of the image, in pixels.")] = 256,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of a KSampler's run.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with on the CPU.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count this process's CPU seconds: steadier on a busy machine.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for benchmarks.json.")] = Path("output"),
+    cache: Annotated[Path, typer.Option(help="Folder for the model files (3.4 GB, made once).")] = Path(
+        ".cache/benchmarks"
+    ),
+) -> None:
+    """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one."""
+    started = time.monotonic()
+    if size % 64:
+        raise DemoError(f"--size {size}: expected a multiple of 64, as SD1.5's latents need; round it.")
+    tree, cpu = find_comfyui(), uses_cpu(device)
+    if cpu_time and not cpu:
+        raise DemoError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
+    family = "sd15" if small else "sd15-full"
+    print(f"Model files in {cache} ...", flush=True)
+    files = make_files(cache, family)
+    comfy = import_comfyui(tree, cpu)
+    logging.getLogger().setLevel(logging.WARNING)
+    comfy.utils.PROGRESS_BAR_ENABLED = False  # the stock sampler has none here in some versions; then nor have we
+
+    from .bench import Bench  # imports ComfyUI's modules, as all sections do
+
+    torch.set_num_threads(threads)
+    work = Bench(files, family, size, steps, repeats, cpu_time)
+    figures: list[Figure] = []
+    with torch.inference_mode():
+        for found in _sections(work, tree, cpu):
+            figures += found
+    setting = {
+        "comfyui": _version(tree),
+        "torch": torch.__version__,
+        "device": _device(work.clock.device),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "clock": "cpu" if cpu_time else "wall",
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
+        "dtype": str(work.prior.model_dtype()),
+        **{"size": size, "steps": steps, "repeats": repeats, "seconds": round(time.monotonic() - started)},
+    }
+    write_json(output / "benchmarks.json", setting, figures)
+    print("\n" + ", ".join(f"{key} {value}" for key, value in setting.items()) + "\n")
+    print(table(figures))
+    print(f"\nJSON: {output / 'benchmarks.json'}")
+
+
+def _sections(work: Any, tree: Path | None, cpu: bool) -> Iterator[list[Figure]]:
+    """The sections in an order that needs little memory: the second copies of the prior before the concept model."""
+    from . import imports, ksampler, loads, null_text, separation, steps
+
+    yield imports.figures(tree, cpu, work.repeats)
+    yield separation.figures(work)
+    yield loads.figures(work)
+    yield steps.figures(work)
+    yield ksampler.figures(work)
+    yield null_text.figures(work)
+
+
+def _version(tree: Path | None) -> str:
+    if tree is None:
+        return f"{importlib.metadata.version('comfyui')} (pip-packaged)"
+    return str(runpy.run_path(str(tree / "comfyui_version.py"))["__version__"])
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{device.type} ({name})"

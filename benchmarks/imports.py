@@ -1,0 +1,51 @@
+"""How long the pack's import takes in a ComfyUI that has loaded all of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .figures import Figure
+from .inprocess import ROOT, import_comfyui
+from .timing import Spread
+
+_NAME = "gcfg_as_a_custom_node"
+
+
+def child(tree: str | None, cpu: bool) -> None:
+    """Import ComfyUI, then the pack as ComfyUI imports it; print the milliseconds and the number of nodes as JSON."""
+    import_comfyui(Path(tree) if tree else None, cpu)
+    start = time.perf_counter()
+    spec = importlib.util.spec_from_file_location(_NAME, ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = pack
+    spec.loader.exec_module(pack)
+    milliseconds = (time.perf_counter() - start) * 1000
+    print("\n" + json.dumps({"ms": milliseconds, "nodes": len(pack.NODE_CLASS_MAPPINGS)}))
+
+
+def figures(tree: Path | None, cpu: bool, repeats: int) -> list[Figure]:
+    """Import in several fresh processes, after one that is not counted (it writes the byte code)."""
+    program = f"from {__name__} import child; child({str(tree) if tree else None!r}, {cpu})"
+    found = []
+    with tempfile.TemporaryDirectory() as away:  # no file of the checkout or of ComfyUI lies on its path
+        for _ in tqdm(range(repeats + 1), desc="import", unit="process", leave=False):
+            command = [sys.executable, "-c", program]
+            run = subprocess.run(command, cwd=away, env=os.environ, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise RuntimeError(f"the import failed in a process of its own:\n{run.stderr}")
+            found.append(json.loads(run.stdout.splitlines()[-1]))
+    nodes = {entry["nodes"] for entry in found}
+    spread = Spread.of([entry["ms"] for entry in found[1:]])
+    note = f"{nodes.pop()} nodes, {repeats} processes, ComfyUI and torch already imported"
+    return [Figure.spread("import_ms", "import of the pack into ComfyUI", spread, "ms", 50.0, note)]

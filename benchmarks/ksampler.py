@@ -1,0 +1,61 @@
+"""The GCFG KSampler in the cases the stock KSampler can do too: whole nodes, models loaded."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from ..gcfg.terms import GuidanceTerm
+from .bench import SCALE, SEED, Bench
+from .figures import Figure
+from .files import prompt
+from .timing import interleave, ratio
+
+
+def figures(bench: Bench) -> list[Figure]:
+    """K=1, and a positive and a negative prompt as two terms (paper Eq. 7)."""
+    uncond, positive, negative = prompt(0), prompt(1), prompt(2)
+    eq7_terms = [GuidanceTerm(SCALE, conditioning=positive), GuidanceTerm(1 - SCALE, conditioning=negative)]
+    results: dict[str, Tensor] = {}
+
+    def stock() -> None:
+        node = sys.modules["nodes"].KSampler()
+        arguments = (SEED, bench.steps, SCALE, "euler", "normal", positive, negative, bench.latent, 1.0)
+        results["stock"] = node.sample(bench.prior, *arguments)[0]["samples"]
+
+    def k1() -> None:
+        terms = [GuidanceTerm(SCALE, conditioning=positive)]
+        results["k1"] = bench.gcfg(bench.prior, negative, terms, bench.steps)
+
+    def eq7() -> None:
+        results["eq7"] = bench.gcfg(bench.prior, uncond, eq7_terms, bench.steps)
+
+    times = interleave({"stock": stock, "k1": k1, "eq7": eq7}, bench.repeats, bench.clock, "KSampler")
+    return [
+        Figure.spread(
+            f"{name}_vs_stock",
+            text,
+            ratio(times[name], times["stock"]),
+            "x",
+            1.02,
+            f"nodes of {bench.steps} steps; {agreement(results[name], results['stock'])}",
+        )
+        for name, text in (
+            ("k1", "K=1: GCFG KSampler / stock KSampler"),
+            ("eq7", "Eq. 7, terms (w, 1-w): GCFG KSampler / stock KSampler"),
+        )
+    ]
+
+
+def agreement(got: Tensor, expected: Tensor) -> str:
+    """How far a result is from the stock one, in words."""
+    if torch.equal(got, expected):
+        return "the same result to the last bit"
+    return f"relative difference of the results {relative_error(got, expected):.1e}"
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
