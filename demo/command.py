@@ -107,7 +107,7 @@ def demo(
         ".cache/demo"
     ),
     port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 126 for the small models.")] = None,
+    size: Annotated[int | None, typer.Option(help="Largest width and height; 128 for the small models.")] = None,
     steps: Annotated[int | None, typer.Option(help="Most sampling steps; 6 for the small models.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     model: Annotated[
@@ -143,7 +143,8 @@ def demo(
     if not entries:
         raise DemoError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
     sheet = output / "contact-sheet.png"
-    contact_sheet(entries).save(sheet)
+    models = model.name if model else "small untrained models: this shows that everything runs, not how it looks"
+    contact_sheet(entries, f"GCFG for ComfyUI with {models}").save(sheet)
     count = sum(len(entry.images) for entry in entries)
     print(f"\n{len(entries)} workflows, {count} images in {time.monotonic() - started:.0f} s:")
     for entry in entries:

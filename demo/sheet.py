@@ -21,15 +21,17 @@ class Entry:
     seconds: float
 
 
-def contact_sheet(entries: Sequence[Entry], columns: int = 3) -> Image.Image:
-    """Return a sheet of all images, `columns` wide, each below its workflow's name and label."""
+def contact_sheet(entries: Sequence[Entry], caption: str, columns: int = 3) -> Image.Image:
+    """Return a sheet of all images below a caption, `columns` wide, each below its workflow's name and label."""
     cells = [(e, label, path) for e in entries for label, path in e.images]
     rows = -(-len(cells) // columns)
     step_x, step_y = CELL + MARGIN, CELL + 2 * LINE + 2 * MARGIN
-    sheet = Image.new("RGB", (MARGIN + columns * step_x, MARGIN + rows * step_y), PAPER)
+    top = 2 * MARGIN + LINE
+    sheet = Image.new("RGB", (MARGIN + columns * step_x, top + rows * step_y), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw.text((MARGIN, MARGIN), caption, INK, font)
     for index, (entry, label, path) in enumerate(cells):
-        x, y = MARGIN + index % columns * step_x, MARGIN + index // columns * step_y
+        x, y = MARGIN + index % columns * step_x, top + index // columns * step_y
         draw.text((x, y), entry.workflow, INK, font)
         draw.text((x, y + LINE - 2), f"{label}   {entry.seconds:.1f} s".strip(), FAINT, font)
         with Image.open(path) as image:

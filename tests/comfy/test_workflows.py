@@ -7,6 +7,7 @@ import numpy
 import pytest
 from comfyui_gcfg.demo import files
 from comfyui_gcfg.demo.workflow import problems, to_prompt
+from PIL import Image
 from safetensors.torch import load_file
 
 WORKFLOWS = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows").glob("*.json"))
@@ -52,6 +53,13 @@ def test_is_laid_out_readably(load_workflow, name):
     assert name == "sdxl" or "paper" in notes[0] or "Appendix" in notes[0]
     for file in files.files_of(to_prompt_offline(workflow)):
         assert file in notes[0], f"the note does not say where {file} goes"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_has_a_thumbnail_for_the_template_browser(root, name):
+    with Image.open(root / "workflows" / f"{name}.jpg") as image:
+        assert max(image.size) <= 512
+        assert numpy.asarray(image).std() > 10
 
 
 def to_prompt_offline(workflow):
