@@ -176,3 +176,12 @@ def test_guider_in_stock_sampler_custom_advanced(prior, prompt, latent, stock, c
     again = run(noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
     again = again.result if hasattr(again, "result") else again
     assert torch.equal(again[0]["samples"], expected), "a guider can be run twice"
+
+
+@pytest.mark.parametrize(("family", "width"), [("sd21", 1024), ("sdxl", 2048)])
+def test_other_families(gcfg, stock, load_unet, weights, prompt, latent, family, width):
+    model = load_unet(weights(family, 0))
+    expected = stock(model, prompt(1, width), prompt(2, width), latent, steps=2)
+    got = gcfg(model, prompt(2, width), [GuidanceTerm(7.5, conditioning=prompt(1, width))], latent, steps=2)
+    assert torch.isfinite(got).all()
+    assert torch.equal(got, expected)
