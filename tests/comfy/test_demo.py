@@ -135,7 +135,11 @@ def test_a_stopped_demo_leaves_no_server(start, folder, number, code):
     time.sleep(0.5)
     os.kill(demo.pid, number)
     assert demo.wait(30) == code
-    wait_for(lambda: gone(pid), 10, "the server's end")
+    try:
+        wait_for(lambda: gone(pid), 10, "the server's end")
+    finally:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
     if number != signal.SIGKILL:
         assert log_of(folder).splitlines()[-1] == "Stopped; the server has been shut down."
         assert "Traceback" not in log_of(folder)
