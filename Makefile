@@ -2,6 +2,7 @@
 # make demo     start a real ComfyUI and run the shared workflows; images go to output/
 # make test     run the tests
 # make check    lint, format and type checks
+# make bench    measure the pack against the stock nodes; docs/benchmarks.md says what
 # make clean    remove .venv and the caches
 #
 # COMFYUI_PATH=DIR    use the ComfyUI in DIR, not the pip-packaged one (demo, test)
@@ -9,12 +10,12 @@
 # PYTHON=FILE         run in this interpreter's environment as it is, not in .venv (pip install -e '.[dev,train]' there)
 # BASE_PYTHON=FILE    make .venv from this Python (3.10 to 3.12)
 # TORCH="torch==X torchvision==Y"    another pair for a new .venv
-# ARGS="-k words"     further arguments for pytest
+# ARGS="-k words"     further arguments for pytest, or for the benchmark (ARGS=--small)
 # The README gives the same as plain commands.
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv demo test check lint types clean
+.PHONY: venv demo test check bench lint types clean
 
 VENV := .venv
 PINS := requirements/comfyui-0.0.1.txt
@@ -39,6 +40,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
+
+bench: $(READY)
+	$(PYTHON) -m comfyui_gcfg.benchmarks $(ARGS)
 
 check: lint types
 

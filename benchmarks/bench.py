@@ -25,7 +25,7 @@ from .timing import Clock
 SCALE = 7.5  # of the text guidance
 SEED = 1
 Step = Callable[[], Tensor]
-Body = Callable[[Step, Tensor, Tensor, dict[str, Any]], None]
+Body = Callable[[GCFGGuider, Step, Tensor, Tensor, dict[str, Any]], None]
 
 
 @dataclass
@@ -91,22 +91,22 @@ class Bench:
         (out,) = node.sample(
             model, SEED, steps, "euler", "normal", unconditional, self.latent, 1.0, term_1=tuple(terms)
         )
-        return out["samples"]
+        samples: Tensor = out["samples"]
+        return samples
 
-    def inside_run(self, terms: Sequence[GuidanceTerm], body: Callable[[GCFGGuider], Body]) -> None:
+    def inside_run(self, terms: Sequence[GuidanceTerm], body: Body) -> None:
         """Start a run of the prior with these terms and hand over where the solver would begin.
 
         Args:
             terms: the guidance terms.
-            body: given the guider, returns a function of: the guided step; noisy latent (B, C, H, W); sigma (B,);
-                the prior's model options.
+            body: is given the guider, the guided step, noisy latent (B, C, H, W), sigma (B,), and the prior's model
+                options.
         """
         guider = GCFGGuider(self.prior, prompt(0), terms, "Benchmark")
-        inside = body(guider)
 
         def solver(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, *_: Any, **__: Any) -> Tensor:
             sigma = sigmas[0].expand(x.shape[0])
-            inside(lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
+            body(guider, lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
             return x
 
         sampling = self.prior.get_model_object("model_sampling")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,14 @@ from ..gcfg.terms import GuidanceTerm
 from .bench import SCALE, SEED, Bench
 from .figures import Figure
 from .files import prompt
-from .timing import interleave, ratio
+from .timing import Spread, interleave, ratio
+from .watch import Split, Watch, watching
+
+TEXTS = {
+    "k1": "K=1: GCFG KSampler / stock",
+    "eq7": "Eq. 7, terms (w, 1-w): GCFG KSampler / stock",
+}
+CANCELLED = "1 + (own time around the model calls - the stock node's) / the stock node's whole time"
 
 
 def figures(bench: Bench) -> list[Figure]:
@@ -32,21 +41,28 @@ def figures(bench: Bench) -> list[Figure]:
     def eq7() -> None:
         results["eq7"] = bench.gcfg(bench.prior, uncond, eq7_terms, bench.steps)
 
-    times = interleave({"stock": stock, "k1": k1, "eq7": eq7}, bench.repeats, bench.clock, "KSampler")
-    return [
-        Figure.spread(
-            f"{name}_vs_stock",
-            text,
-            ratio(times[name], times["stock"]),
-            "x",
-            1.02,
-            f"nodes of {bench.steps} steps; {agreement(results[name], results['stock'])}",
+    runs = {"stock": stock, "k1": k1, "eq7": eq7}
+    splits: dict[str, list[Split]] = {name: [] for name in runs}
+    with watching([bench.prior.model], bench.clock) as watch:
+        calls = {name: partial(_split, watch, run, splits[name]) for name, run in runs.items()}
+        times = interleave(calls, bench.repeats, bench.clock, "KSampler")
+    found: list[Figure] = []
+    for name, text in TEXTS.items():
+        note = f"nodes of {bench.steps} steps; {agreement(results[name], results['stock'])}"
+        whole = ratio(times[name], times["stock"])
+        found.append(Figure.spread(f"{name}_vs_stock", text, whole, "x", 1.02, note))
+        around = Spread.of(
+            [
+                1 + (own.around - stock.around) / (stock.within + stock.around)
+                for own, stock in zip(splits[name][1:], splits["stock"][1:], strict=True)
+            ]
         )
-        for name, text in (
-            ("k1", "K=1: GCFG KSampler / stock KSampler"),
-            ("eq7", "Eq. 7, terms (w, 1-w): GCFG KSampler / stock KSampler"),
-        )
-    ]
+        found.append(Figure.spread(f"{name}_around", f"{text}, noise cancelled", around, "x", 1.02, CANCELLED))
+    return found
+
+
+def _split(watch: Watch, run: Callable[[], object], into: list[Split]) -> None:
+    into.append(watch.split(run))
 
 
 def agreement(got: Tensor, expected: Tensor) -> str:

@@ -10,7 +10,7 @@ from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
 from ..nodes.runtime.lanes import predict
 from ..nodes.runtime.null_text import patch_null_text
-from .bench import Bench, Body, Step, parameter_bytes
+from .bench import Bench, Step, parameter_bytes
 from .figures import Figure
 from .files import prompt
 from .timing import Times, interleave, ratio
@@ -25,19 +25,16 @@ def figures(bench: Bench) -> list[Figure]:
     ]
     times: Times = {}
 
-    def inside(guider: GCFGGuider) -> Body:
-        def body(step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
-            plain, null, concept = guider.lanes
-            calls = {
-                "plain": lambda: predict(plain, plain.keys, x, sigma, options),
-                "patch": lambda: predict(null, null.keys, x, sigma, null.options),
-                "concept": lambda: predict(concept, concept.keys, x, sigma, concept.options),
-            }
-            times.update(interleave(calls, bench.repeats, bench.clock, "null text"))
+    def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
+        plain, null, concept = guider.lanes
+        calls = {
+            "plain": lambda: predict(plain, plain.keys, x, sigma, options),
+            "patch": lambda: predict(null, null.keys, x, sigma, null.options),
+            "concept": lambda: predict(concept, concept.keys, x, sigma, concept.options),
+        }
+        times.update(interleave(calls, bench.repeats, bench.clock, "null text"))
 
-        return body
-
-    bench.inside_run(terms, inside)
+    bench.inside_run(terms, body)
     whole, rest = (sum(parameter_bytes(p.model).values()) for p in (bench.prior, bench.concept))
     counts = [sum(p.numel() for p in patcher.model.parameters()) for patcher in (bench.prior, bench.concept)]
     return [

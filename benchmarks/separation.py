@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import comfy.model_management as management
 from torch import Tensor
@@ -67,14 +67,9 @@ def costs(bench: Bench) -> tuple[list[Cost], list[Cost]]:
     return [a for a, _ in rounds[1:]], [b for _, b in rounds[1:]]
 
 
-@contextmanager
-def not_separated() -> Iterator[None]:
-    """Let clones share their module within the `with` block, as a run without our separation would."""
-    lanes.separate = lambda patchers, in_place=False: list(patchers)
-    try:
-        yield
-    finally:
-        lanes.separate = separate
+def not_separated() -> Any:
+    """Let clones share their module within a `with` block, as a run without our separation would."""
+    return patch.object(lanes, "separate", lambda patchers, in_place=False: list(patchers))
 
 
 def errors(bench: Bench) -> tuple[float, float]:
