@@ -10,7 +10,7 @@ import runpy
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -21,6 +21,9 @@ from ..demo.server import find_comfyui
 from .figures import Figure, table, write_json
 from .files import make_files
 from .inprocess import import_comfyui
+
+if TYPE_CHECKING:  # importing it takes a running ComfyUI
+    from .bench import Bench
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -43,6 +46,7 @@ def bench(
 ) -> None:
     """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one."""
     started = time.monotonic()
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of other programs
     if size % 64:
         raise DemoError(f"--size {size}: expected a multiple of 64, as SD1.5's latents need; round it.")
     tree, cpu = find_comfyui(), uses_cpu(device)
@@ -70,7 +74,7 @@ def bench(
         "cores": os.cpu_count(),
         "threads": threads,
         "clock": "cpu" if cpu_time else "wall",
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "load": load,
         "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
         "dtype": str(work.prior.model_dtype()),
         **{"size": size, "steps": steps, "repeats": repeats, "seconds": round(time.monotonic() - started)},
@@ -81,7 +85,7 @@ def bench(
     print(f"\nJSON: {output / 'benchmarks.json'}")
 
 
-def _sections(work: Any, tree: Path | None, cpu: bool) -> Iterator[list[Figure]]:
+def _sections(work: Bench, tree: Path | None, cpu: bool) -> Iterator[list[Figure]]:
     """The sections in an order that needs little memory: the second copies of the prior before the concept model."""
     from . import imports, ksampler, loads, null_text, separation, steps
 
