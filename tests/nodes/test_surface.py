@@ -1,0 +1,62 @@
+"""The node surface that shared workflow files depend on: ids, inputs in order, outputs. Frozen once released."""
+
+import pytest
+
+TERMS = [f"term_{number}" for number in range(1, 9)]
+SURFACE = {
+    "GCFGLoadConceptUNet": ("Load Concept UNet", ["unet_name", "weight_dtype"], [], ("MODEL",)),
+    "GCFGNullTextPatch": ("Null-Text Patch", ["model", "null_text", "mode"], [], ("MODEL",)),
+    "GCFGGuidanceTerm": (
+        "Guidance Term",
+        ["weight", "start_percent", "end_percent"],
+        ["model", "conditioning", "mask", "terms", "label"],
+        ("GCFG_TERMS",),
+    ),
+    "GCFGGuider": ("GCFG Guider", ["model", "unconditional"], TERMS, ("GUIDER",)),
+    "GCFGKSampler": (
+        "GCFG KSampler",
+        ["model", "seed", "steps", "sampler_name", "scheduler", "unconditional", "latent_image", "denoise"],
+        TERMS,
+        ("LATENT",),
+    ),
+    "GCFGKSamplerAdvanced": (
+        "GCFG KSampler (Advanced)",
+        [
+            *("model", "add_noise", "noise_seed", "steps", "sampler_name", "scheduler", "unconditional"),
+            *("latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise"),
+        ],
+        TERMS,
+        ("LATENT",),
+    ),
+}
+
+
+@pytest.fixture
+def nodes(comfy):
+    from comfyui_gcfg.nodes import concept, guidance, sampling
+
+    return {node_id: (name, node) for topic in (concept, guidance, sampling) for node_id, name, node in topic.NODES}
+
+
+def test_no_node_more_or_less(nodes):
+    assert set(nodes) == set(SURFACE)
+
+
+@pytest.mark.parametrize("node_id", SURFACE)
+def test_surface(nodes, node_id):
+    name, node = nodes[node_id]
+    inputs = node.INPUT_TYPES()
+    found = (name, list(inputs["required"]), list(inputs.get("optional", {})), node.RETURN_TYPES)
+    assert found == SURFACE[node_id]
+    assert callable(getattr(node, node.FUNCTION))
+
+
+@pytest.mark.parametrize("node_id", SURFACE)
+def test_every_input_and_output_is_explained(nodes, node_id):
+    _, node = nodes[node_id]
+    assert node.CATEGORY == "GCFG"
+    assert len(node.DESCRIPTION) > 40
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
+    for inputs in node.INPUT_TYPES().values():
+        for name, (_, options) in inputs.items():
+            assert len(options["tooltip"]) > 8, name
