@@ -47,6 +47,33 @@ def other_out(model):
     return clone
 
 
+def wrapped_weight(model):
+    """A clone with a weight wrapper, as fp8 and training nodes add them."""
+    if not hasattr(model, "add_weight_wrapper"):
+        pytest.skip("this ComfyUI has no weight wrappers")
+    clone = model.clone()
+    clone.add_weight_wrapper("diffusion_model.out.2.weight", lambda weight: weight * 0.9)
+    return clone
+
+
+def injected(model):
+    """A clone that changes its module while it is loaded, as motion-module packs do."""
+    if not hasattr(model, "set_injections"):
+        pytest.skip("this ComfyUI has no injections")
+    import comfy.model_patcher
+
+    def inject(patcher):
+        unet = patcher.model.diffusion_model
+        unet.out = torch.nn.Sequential(unet.out, torch.nn.Hardtanh(-0.5, 0.5))
+
+    def eject(patcher):
+        patcher.model.diffusion_model.out = patcher.model.diffusion_model.out[0]
+
+    clone = model.clone()
+    clone.set_injections("test", [comfy.model_patcher.PatcherInjection(inject, eject)])
+    return clone
+
+
 @pytest.fixture(scope="module")
 def variants(lora, prompt):
     from comfyui_gcfg.nodes.runtime.null_text import patch_null_text
@@ -58,6 +85,8 @@ def variants(lora, prompt):
         "v": v_prediction,
         "v and lora": lambda model: v_prediction(lora(model, 1)),
         "out": other_out,
+        "wrapper": wrapped_weight,
+        "injection": injected,
         "null": lambda model: patch_null_text(model, prompt(9), "uniform_mean"),
         "null and lora": lambda model: patch_null_text(lora(model, 1), prompt(9), "uniform_mean"),
     }
@@ -97,6 +126,9 @@ CASES = [
     ("lora 1", "v and lora", "v"),
     ("plain", "out", "lora 1"),
     ("lora 2", "lora 2", "lora 1"),
+    ("plain", "wrapper", "lora 1"),
+    ("plain", "injection"),
+    ("injection", "plain", "lora 1"),
     ("plain", "null"),
     ("null", "plain", "lora 1"),
     ("plain", "null and lora", "null", "lora 2"),
@@ -109,6 +141,8 @@ def test_equal_to_separate_loads(load_unet, weights, variants, gcfg, prompt, sep
     models = [variants[name](base) for name in case]
     got = gcfg(models[0], prompt(0), _terms(models[1:], prompt), _latent())
     assert torch.equal(got, separate_loads(*case))
+    unpatched = separate_loads(*["plain"] * len(case))
+    assert not torch.allclose(got, unpatched, rtol=1e-2), "the patches do something"
 
 
 def test_every_loading_order_and_ten_runs(comfy, load_unet, weights, variants, gcfg, prompt, separate_loads):
