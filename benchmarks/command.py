@@ -10,7 +10,7 @@ import runpy
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -67,18 +67,8 @@ def bench(
     with torch.inference_mode():
         for found in _sections(work, tree, cpu):
             figures += found
-    setting = {
-        "comfyui": _version(tree),
-        "torch": torch.__version__,
-        "device": _device(work.clock.device),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "clock": "cpu" if cpu_time else "wall",
-        "load": load,
-        "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
-        "dtype": str(work.prior.model_dtype()),
-        **{"size": size, "steps": steps, "repeats": repeats, "seconds": round(time.monotonic() - started)},
-    }
+    setting = {**_machine(tree, work), "clock": "cpu" if cpu_time else "wall", "load": load}
+    setting |= {"size": size, "steps": steps, "repeats": repeats, "seconds": round(time.monotonic() - started)}
     write_json(output / "benchmarks.json", setting, figures)
     print("\n" + ", ".join(f"{key} {value}" for key, value in setting.items()) + "\n")
     print(table(figures))
@@ -95,6 +85,19 @@ def _sections(work: Bench, tree: Path | None, cpu: bool) -> Iterator[list[Figure
     yield steps.figures(work)
     yield ksampler.figures(work)
     yield null_text.figures(work)
+
+
+def _machine(tree: Path | None, work: Bench) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "comfyui": _version(tree),
+        "torch": torch.__version__,
+        "device": _device(work.clock.device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
+        "dtype": str(work.prior.model_dtype()),
+    }
 
 
 def _version(tree: Path | None) -> str:
