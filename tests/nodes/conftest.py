@@ -1,5 +1,6 @@
 """A ComfyUI in this process, on the CPU, and small models of it."""
 
+import gc
 import importlib
 import sys
 
@@ -14,6 +15,14 @@ torch.set_num_threads(1)  # small tensors: threads only wait for each other
 def comfy(comfyui_path):
     """Import ComfyUI as its own launcher would, on the CPU."""
     return import_comfyui(comfyui_path, cpu=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def let_go_of_models(comfy):
+    """The oldest ComfyUI keeps every model it ever loaded; gigabytes, over a whole suite."""
+    yield
+    comfy.model_management.unload_all_models()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
