@@ -44,7 +44,7 @@ def server(work_folder, comfyui_path):
     work = work_folder("server")
     unet = models.unet_state_dict("sd15")
     save_file(models.lora_state_dict(unet, seed=6), work / "models" / "loras" / LORA)
-    with Server(work, comfyui=comfyui_path) as running:
+    with Server(work, comfyui=comfyui_path, options=["--preview-method", "latent2rgb"]) as running:
         yield running
     shutil.rmtree(work, ignore_errors=True)
 

@@ -51,6 +51,7 @@ def test_progress_arrives_step_by_step(client, simple, node_of):
     run = client.run(edited(simple, node_of(simple, "GCFGKSampler"), steps=4, seed=1))
     assert [(p.done, p.total) for p in run.progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert {str(p.node) for p in run.progress} == {node_of(simple, "GCFGKSampler")}
+    assert run.previews >= 4, "a live preview for each step"
     entry = client.history(run.prompt_id)
     assert entry["status"]["status_str"] == "success"
     assert run.images
