@@ -32,7 +32,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def bench(
     small: Annotated[bool, typer.Option("--small", help="The demo's small UNet, not all of SD1.5.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of everything that is timed.")] = 3,
-    size: Annotated[int, typer.Option(min=64, help="Width and height of the image, in pixels.")] = 256,
+    size: Annotated[
+        int | None, typer.Option(help="Width and height in pixels; 256, or 128 for the small UNet.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of a KSampler's run.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with on the CPU.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
@@ -47,8 +49,9 @@ def bench(
     """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one."""
     started = time.monotonic()
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of other programs
-    if size % 64:
-        raise DemoError(f"--size {size}: expected a multiple of 64, as SD1.5's latents need; round it.")
+    size = size if size is not None else 128 if small else 256
+    if size < 64 or size % 64:
+        raise DemoError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
     tree, cpu = find_comfyui(), uses_cpu(device)
     if cpu_time and not cpu:
         raise DemoError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")

@@ -71,7 +71,7 @@ def test_a_small_run_reports_every_row(tmp_path, root):
 def test_a_wrong_size_is_refused(tmp_path):
     run = bench("--size", "100", cwd=tmp_path)
     assert run.returncode == 1
-    assert run.stderr == "Error: --size 100: expected a multiple of 64, as SD1.5's latents need; round it.\n"
+    assert run.stderr == "Error: --size 100: expected a positive multiple of 64, as SD1.5's latents need; round it.\n"
 
 
 def test_the_full_layout_is_that_of_sd15():
