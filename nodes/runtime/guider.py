@@ -262,23 +262,17 @@ def _keys(conds: Sequence[Any]) -> list[str]:
     Stock sampling spreads GLIGEN boxes, and ControlNets of the plain "Apply ControlNet" node, from the conditioning
     named "positive" to the others of the same model, so that name goes to the first term that has any.
     """
-    spreading = (
-        index
-        for index, cond in enumerate(conds)
-        if any("gligen" in entry[1] or entry[1].get("control_apply_to_uncond", False) for entry in cond)
-    )
-    first = next(spreading, 0)
+    first = next((i for i, cond in enumerate(conds) if any(_spreads(options) for _, options in cond)), 0)
     return [FIRST if index == first else f"term_{index + 1}" for index in range(len(conds))]
+
+
+def _spreads(options: dict[str, Any]) -> bool:
+    return "gligen" in options or bool(options.get("control_apply_to_uncond", False))
 
 
 def _first_named(lane: Lane) -> dict[str, list[dict]]:
     """A lane's conditionings under names of which one is "positive", as stock processing wants."""
     if FIRST in lane.keys:
         return dict(lane.conds)
-    spreading = (
-        key
-        for key, conds in lane.conds.items()
-        if any("gligen" in cond or cond.get("control_apply_to_uncond", False) for cond in conds)
-    )
-    first = next(spreading, lane.keys[0])
+    first = next((key for key, conds in lane.conds.items() if any(map(_spreads, conds))), lane.keys[0])
     return {FIRST if key == first else key: conds for key, conds in lane.conds.items()}
