@@ -23,7 +23,7 @@ else:
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 
 # A field with this mark may differ when a run goes on; all others decide what is learned and may not.
-FREE = {"free_on_resume": True}
+FREE: dict[str, Any] = {"free_on_resume": True}
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
