@@ -22,7 +22,8 @@ else:
 
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 
-# A field with this mark may differ when a run goes on; all others decide what is learned and may not.
+# A field with this mark may differ when a run goes on; all others decide what is learned and may not. Files may move:
+# what is in them is compared.
 FREE: dict[str, Any] = {"free_on_resume": True}
 
 Positive = Annotated[int, Field(gt=0)]
@@ -37,16 +38,24 @@ class ModelConfig(_Section):
     """The prior, and what becomes of it."""
 
     checkpoint: str = Field(
-        "", description="The prior: an SD1.x, SD2.x or SDXL checkpoint (.safetensors) or a diffusers folder; required."
+        "",
+        description="The prior: an SD1.x, SD2.x or SDXL checkpoint (.safetensors) or a diffusers folder; required.",
+        json_schema_extra=FREE,
     )
     vae: str = Field(
-        "", description="Another VAE than the checkpoint's own: a .safetensors file or a diffusers folder."
+        "",
+        description="Another VAE than the checkpoint's own: a .safetensors file or a diffusers folder.",
+        json_schema_extra=FREE,
     )
     text_encoder: str = Field(
-        "", description="Where the text encoder is, if not in the checkpoint: a checkpoint or a diffusers folder."
+        "",
+        description="Where the text encoder is, if not in the checkpoint: a checkpoint or a diffusers folder.",
+        json_schema_extra=FREE,
     )
     tokenizer: str = Field(
-        "", description="Folder with the tokenizer's vocab.json and merges.txt; only mode 'prompt' needs it."
+        "",
+        description="Folder with the tokenizer's vocab.json and merges.txt; only mode 'prompt' needs it.",
+        json_schema_extra=FREE,
     )
     prediction: Literal["auto", "eps", "v", "flow"] = Field(
         "auto", description="What the prior predicts; 'auto' reads it off the checkpoint."
@@ -79,8 +88,10 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """The images and their latents."""
 
-    images: str = Field("", description="Folder of images, searched recursively; `gcfg cache` needs it.")
-    cache: str = Field("cache", description="Folder of the cached latents.")
+    images: str = Field(
+        "", description="Folder of images, searched recursively; `gcfg cache` needs it.", json_schema_extra=FREE
+    )
+    cache: str = Field("cache", description="Folder of the cached latents.", json_schema_extra=FREE)
     resolution: Positive = Field(512, description="Side of the square images, in pixels; a multiple of 8.")
     fit: Literal["resize", "centre_crop"] = Field(
         "resize",
@@ -90,9 +101,13 @@ class DataConfig(_Section):
     flips: bool = Field(
         True, description="Encode each image's mirror image too, and train on either with equal chance."
     )
-    shard_size: Positive = Field(512, description="Images per file of the cache.")
-    encode_batch_size: Positive = Field(8, description="Images the VAE takes at once; halved when memory runs out.")
-    workers: NotNegative = Field(2, description="Processes that decode images for `gcfg cache`; 0: none.")
+    shard_size: Positive = Field(512, description="Images per file of the cache.", json_schema_extra=FREE)
+    encode_batch_size: Positive = Field(
+        8, description="Images the VAE takes at once; halved when memory runs out.", json_schema_extra=FREE
+    )
+    workers: NotNegative = Field(
+        2, description="Processes that decode images for `gcfg cache`; 0: none.", json_schema_extra=FREE
+    )
 
     @model_validator(mode="after")
     def _multiple_of_eight(self) -> DataConfig:
@@ -158,7 +173,11 @@ class SampleConfig(_Section):
 class OutputConfig(_Section):
     """What is written, and how often."""
 
-    folder: str = Field("run", description="Folder of the run: checkpoints, log, samples, and the exported file.")
+    folder: str = Field(
+        "run",
+        description="Folder of the run: checkpoints, log, samples, and the exported file.",
+        json_schema_extra=FREE,
+    )
     name: str = Field("concept", description="Title and file name of the exported model.", json_schema_extra=FREE)
     checkpoint_every: Positive = Field(500, description="Steps between two checkpoints.", json_schema_extra=FREE)
     keep_last: Positive = Field(2, description="Checkpoints kept.", json_schema_extra=FREE)

@@ -1,0 +1,111 @@
+"""The state of a run on disk: each checkpoint is a folder of safetensors files that is whole or not there.
+
+run/checkpoints/step-00001000/
+    unet.safetensors  ema.safetensors  optimizer.safetensors
+    manifest.json     what the run is, where it stands, and size and sha256 of each file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .files import remove_unfinished, whole_folder
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of steps that were done."""
+        step: int = self.manifest["step"]
+        return step
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Read one file: 'unet', 'ema' or 'optimizer'."""
+        return load_file(self.folder / f"{part}.safetensors")
+
+    def has(self, part: str) -> bool:
+        """Tell whether the checkpoint has that file."""
+        return f"{part}.safetensors" in self.manifest["files"]
+
+
+def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a checkpoint in one step: after a crash at any moment it is there whole, or not at all.
+
+    Args:
+        folder: where the run keeps its checkpoints.
+        manifest: what to know about the run; 'step' names the checkpoint.
+        parts: tensors by file name without suffix.
+
+    Raises: GuidanceError: if the disk is full or the folder cannot be written.
+    """
+    path = folder / f"{_STEP}{manifest['step']:08d}"
+    if path.exists():
+        if _good(path):
+            return path
+        shutil.rmtree(path)  # damaged: it was passed over when the run went on, and is now made again
+    with whole_folder(path) as beside:
+        for name, tensors in parts.items():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, _file(beside, name))
+        files = {file.name: _seal(file) for file in sorted(beside.iterdir())}
+        (beside / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
+    return path
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """Return the newest good checkpoint, or None; a damaged one is named in the log and passed over."""
+    for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
+        if checkpoint := _good(path):
+            return checkpoint
+        log.warning("Checkpoint %s is damaged, expected the files its manifest names; the one before it is used.", path)
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what a killed process left half-written."""
+    remove_unfinished(folder)
+    for path in sorted(folder.glob(f"{_STEP}*"))[:-keep]:
+        # Without its manifest a half-removed checkpoint is no longer one.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _good(path: Path) -> Checkpoint | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        whole = all(_seal(path / name) == seal for name, seal in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Checkpoint(path, manifest) if whole else None
+
+
+def _file(folder: Path, part: str) -> Path:
+    return folder / f"{part}.safetensors"
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

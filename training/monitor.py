@@ -1,0 +1,120 @@
+"""What a person sees of a run: the progress bar, log.jsonl and TensorBoard's files. Only the main process writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .config import Config
+from .learner import StepResult
+
+LOG = "log.jsonl"
+
+
+class Monitor:
+    """Reports the steps of a run, from the one it starts with."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        folder = Path(config.output.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_lines(folder / LOG, start)
+        self._every = config.output.log_every
+        self._batch_size = config.train.batch_size
+        self._file = (folder / LOG).open("a", encoding="utf-8")
+        self._board = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=start) if config.output.tensorboard else None
+        )
+        self._bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
+        self._since, self._last = time.perf_counter(), start
+
+    def step(self, step: int, result: StepResult, skipped: int, data_seconds: float) -> None:
+        """Report that `step` steps are done.
+
+        Args:
+            step: how many are done.
+            result: of the last one.
+            skipped: steps skipped so far.
+            data_seconds: time the last step waited for its samples.
+        """
+        self._bar.update(1)
+        if step % self._every and step != self._bar.total:
+            return
+        now = time.perf_counter()
+        rate = (step - self._last) * self._batch_size / (now - self._since)
+        self._since, self._last = now, step
+        line = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "skipped": skipped,
+            "images": step * self._batch_size,
+            "images_per_second": round(rate, 3),
+            "data_seconds": round(data_seconds, 6),
+            "time": round(time.time(), 3),
+        }
+        if torch.cuda.is_available():
+            line["peak_memory"] = torch.cuda.max_memory_allocated()
+        # JSON has no NaN; a skipped step's loss is null there.
+        line = {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._bar.set_postfix({"loss": f"{result.loss:.4f}", "images/s": f"{rate:.2f}"})
+        if self._board:
+            for key in ("loss", "grad_norm", "images_per_second"):
+                self._board.add_scalar(key, line[key] if line[key] is not None else float("nan"), step)
+
+    def samples(self, step: int, grid: Image.Image) -> None:
+        """Show a sample grid."""
+        if self._board:
+            self._board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        self.pause()
+
+    def pause(self) -> None:
+        """Leave out of the speed what was not training since the last step."""
+        self._since = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        """Write everything out."""
+        self._bar.close()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+class Silent:
+    """The monitor of every process but the main one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Cut the log back to the first `step` steps: the run does the others again after its last checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):  # the line that a killed process was writing
+            break
+        kept.append(line + "\n")
+    beside = path.with_name(f".{path.name}")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
