@@ -1,4 +1,4 @@
-"""diffusers' UNet key names in LDM's, the naming of Stable Diffusion checkpoints and of ComfyUI's UNet.
+"""diffusers' UNet key names in LDM's, the naming of Stable Diffusion checkpoints and of ComfyUI's UNet, and back.
 
 Both name the same tensors; only diffusers spells the blocks by kind. The block counts are read from the keys, so any
 depth works, unlike with tables of the published models.
@@ -36,6 +36,19 @@ def diffusers_to_ldm(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """Return the state dict with each diffusers UNet key renamed; keys it does not know stay as they are."""
     prefixes = _prefix_table(state_dict)
     return {_rename(key, prefixes): value for key, value in state_dict.items()}
+
+
+def ldm_to_diffusers(state_dict: Mapping[str, Value], diffusers_names: Iterable[str]) -> dict[str, Value]:
+    """Return the state dict with each LDM UNet key renamed; keys it does not know stay as they are.
+
+    LDM's numbers alone do not tell where a resolution ends, so the names come from the UNet they are meant for.
+
+    Args:
+        state_dict: bare LDM keys.
+        diffusers_names: the keys of a diffusers UNet of the same structure.
+    """
+    names = diffusers_to_ldm({name: name for name in diffusers_names})  # LDM key -> diffusers key
+    return {names.get(key, key): value for key, value in state_dict.items()}
 
 
 def _rename(key: str, prefixes: Mapping[str, str]) -> str:

@@ -1,0 +1,69 @@
+"""Components of a diffusers folder: their configuration and weight files, checked before a library opens them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..gcfg.errors import GuidanceError
+from ..gcfg.safetensors_file import PICKLE_SUFFIXES, conversion
+
+UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
+TEXT_WEIGHTS = "model"
+
+
+def component(folder: Path, name: str, class_name: str, source: str) -> Path:
+    """Return the folder of a component, which may be `folder` itself.
+
+    Args:
+        folder: a diffusers folder.
+        name: the component: "unet", "vae".
+        class_name: what its config.json must say.
+        source: start of every error: "model.checkpoint 'path'".
+
+    Raises: GuidanceError: if it is not there or of another class.
+    """
+    place = folder / name if (folder / name).is_dir() else folder
+    if not (place / "config.json").is_file():
+        raise GuidanceError(
+            f"{source} is a folder without '{name}/config.json', expected a diffusers folder or a .safetensors file."
+        )
+    found = read_json(place / "config.json", source).get("_class_name")
+    if found != class_name:
+        raise GuidanceError(f"{source} has a {name} of the class {found!r}, expected {class_name!r}.")
+    return place
+
+
+def read_json(path: Path, source: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises: GuidanceError: if it is none.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GuidanceError(f"{source}: {path.name} cannot be read ({error}); download the folder again.") from error
+    if not isinstance(values, dict):
+        raise GuidanceError(f"{source}: {path.name} holds no settings; download the folder again.")
+    return values
+
+
+def weight_files(folder: Path, stem: str, source: str) -> tuple[str | None, list[Path]]:
+    """Return the variant ("fp16", None for none) and the weight files of a component's folder.
+
+    The full-precision files win where there are several variants.
+
+    Raises: GuidanceError: if there are none, or only pickles.
+    """
+    files = sorted(path for path in folder.glob(f"{stem}*.safetensors"))
+    if not files:
+        pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise GuidanceError(f"{source}: {folder.name}/{pickles[0].name} is a pickle; {conversion(pickles[0])}")
+        raise GuidanceError(f"{source}: {folder.name} has no '{stem}.safetensors'; download the folder again.")
+    plain = [path for path in files if path.name == f"{stem}.safetensors" or path.name.startswith(f"{stem}-")]
+    if plain:
+        return None, plain
+    variant = files[0].name.removeprefix(f"{stem}.").split(".")[0].split("-")[0]
+    return variant, [path for path in files if path.name.startswith(f"{stem}.{variant}")]

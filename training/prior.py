@@ -1,0 +1,148 @@
+"""The prior: the Stable Diffusion model that a run starts from, seen by the rest of the trainer as one small object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..gcfg.errors import GuidanceError
+from ..gcfg.safetensors_file import LazyStateDict, read_header
+from .architecture import FAMILY_NAMES, Family, family_of, pooled_width
+from .components import read_json
+from .text_encoder import TextEmbedding, encode_prompt
+from .unet_loader import UNetSource, find_unet, load_unet
+from .vae_loader import load_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+Prediction = Literal["eps", "v", "flow"]
+
+_BY_NAME: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+# ComfyUI's rule for SD2.x: in v models this bias spreads wider than in eps models.
+_SD2_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SD2_SPREAD = 0.09
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A recognised prior, of which no weight is in memory yet.
+
+    Attributes:
+        path: the checkpoint or diffusers folder.
+        unet: where its UNet is, with its configuration.
+        prediction: what it predicts.
+        zero_terminal_snr: whether its noise schedule ends at pure noise.
+    """
+
+    path: Path
+    unet: UNetSource
+    prediction: Prediction
+    zero_terminal_snr: bool
+
+    @property
+    def family(self) -> Family:
+        """SD1.x, SD2.x or SDXL, as 'sd1', 'sd2' or 'sdxl'."""
+        return family_of(self.unet.config)
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the text embedding its UNet reads."""
+        return int(self.unet.config["cross_attention_dim"])
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text vector its UNet reads (SDXL), 0 for none."""
+        return pooled_width(self.unet.config)
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the UNet's weights, see `fingerprint`."""
+        return self.unet.fingerprint
+
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        """Read the UNet, in evaluation mode."""
+        return load_unet(self.unet, dtype)
+
+    def load_vae(self, other: Path | None = None, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+        """Read the autoencoder, the prior's own or the one at `other`, in evaluation mode, without gradients."""
+        return load_vae(other or self.path, self.family, _source("vae", other, self.path), dtype)
+
+    def encode_prompt(
+        self, prompt: str, text_encoder: Path | None = None, tokenizer: Path | None = None
+    ) -> TextEmbedding:
+        """Encode a prompt with the prior's own text encoder, or the one at `text_encoder`.
+
+        Raises: GuidanceError: also if the embedding is not of the widths that the UNet reads.
+        """
+        source = _source("text_encoder", text_encoder, self.path)
+        text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer)
+        found = (text.tokens.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
+        if found != (self.context_dim, self.pooled_dim):
+            raise GuidanceError(
+                f"{source} gives text of the widths {found}, expected {(self.context_dim, self.pooled_dim)} for "
+                f"the {FAMILY_NAMES[self.family]} prior {self.path.name!r}; use the text encoder of that prior."
+            )
+        return text
+
+
+def open_prior(checkpoint: Path) -> Prior:
+    """Recognise a prior.
+
+    Args:
+        checkpoint: a single-file checkpoint, a bare UNet file or a diffusers folder.
+
+    Raises: GuidanceError: one sentence, naming `model.checkpoint`.
+    """
+    source = f"model.checkpoint {str(checkpoint)!r}"
+    unet = find_unet(checkpoint, source)
+    prediction, zero_terminal_snr = _prediction(checkpoint, unet)
+    return Prior(checkpoint, unet, prediction, zero_terminal_snr)
+
+
+def _source(key: str, other: Path | None, checkpoint: Path) -> str:
+    return f"model.{key} {str(other)!r}" if other else f"model.checkpoint {str(checkpoint)!r}"
+
+
+def _prediction(checkpoint: Path, unet: UNetSource) -> tuple[Prediction, bool]:
+    """Return what the prior predicts, and whether its schedule has zero terminal SNR."""
+    if checkpoint.is_dir():
+        path = checkpoint / "scheduler" / "scheduler_config.json"
+        return _of_scheduler(read_json(path, unet.source), unet.source) if path.is_file() else ("eps", False)
+    header = read_header(checkpoint, unet.source)
+    return _of_file(header.metadata, header.shapes, LazyStateDict(checkpoint), unet)
+
+
+def _of_scheduler(config: Mapping[str, object], source: str) -> tuple[Prediction, bool]:
+    if "FlowMatch" in str(config.get("_class_name")):
+        return "flow", False
+    name = str(config.get("prediction_type", "epsilon"))
+    if name not in _BY_NAME:
+        raise GuidanceError(f"{source} predicts {name!r}, expected 'epsilon', 'v_prediction' or 'flow_prediction'.")
+    return _BY_NAME[name], bool(config.get("rescale_betas_zero_snr", False))
+
+
+def _of_file(
+    metadata: Mapping[str, str], keys: Mapping[str, object], lazy: Mapping[str, torch.Tensor], unet: UNetSource
+) -> tuple[Prediction, bool]:
+    if any(key.startswith(("edm_mean", "edm_vpred.")) for key in keys):
+        raise GuidanceError(f"{unet.source} was trained in the EDM way, expected an eps, v or flow model.")
+    zero_terminal_snr = "ztsnr" in keys
+    if "v_pred" in keys:
+        return "v", zero_terminal_snr
+    stated = metadata.get("modelspec.prediction_type", "")
+    if stated in _BY_NAME:
+        return _BY_NAME[stated], zero_terminal_snr
+    if family_of(unet.config) == "sd2" and _SD2_MARK in unet.keys:
+        spread = lazy[unet.keys[_SD2_MARK]].float().std(unbiased=False)
+        return ("v" if spread > _SD2_SPREAD else "eps"), zero_terminal_snr
+    return "eps", zero_terminal_snr
