@@ -138,5 +138,5 @@ def _no_vae(keys: Shapes, source: str) -> str:
 
 def _another_kind(source: str) -> GuidanceError:
     return GuidanceError(
-        f"{source} holds a VAE of another kind, expected the AutoencoderKL of SD1.x, SD2.x or SDXL; set model.vae to one."
+        f"{source} holds a VAE of another kind, expected one of SD1.x, SD2.x or SDXL; set model.vae to such a one."
     )
