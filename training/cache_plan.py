@@ -1,0 +1,186 @@
+"""What `gcfg cache` has to do: the images of today compared with what the shards say they hold.
+
+Every decision follows from the images and the shards alone, so a run that was killed goes on as if it had not been:
+shards are named after what is in them, and one that is finished drops out of the plan without changing the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..gcfg.errors import GuidanceError
+from .images import find_images
+from .shards import Recipe, Record, Shard, find_shards, read_shard, shard_name
+
+
+class FileState(NamedTuple):
+    """What tells without reading it that a file is the one we knew."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write.
+
+    Attributes:
+        name: the shard's file name.
+        paths: its images, sorted.
+        kept: the records that still hold; the latents of the good ones are copied from `source`.
+        source: the shard that held these images before, if any.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    kept: Mapping[str, Record]
+    source: Shard | None
+
+    @property
+    def todo(self) -> list[str]:
+        """The images to read and encode."""
+        return [path for path in self.paths if path not in self.kept]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shards to write, files to remove once these are written, and how many latents are kept or copied."""
+
+    jobs: tuple[Job, ...]
+    stale: tuple[Path, ...]
+    reused: int
+
+
+def file_state(path: Path) -> FileState:
+    """Return a file's state, a dangling link's own where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        status = os.lstat(path)
+    return FileState(status.st_size, status.st_mtime_ns)
+
+
+def list_images(folder: Path) -> dict[str, FileState]:
+    """Return the state of every image below a folder, by relative path, sorted.
+
+    Raises: GuidanceError: if the folder is not there, cannot be listed, or holds no image.
+    """
+    if not folder.is_dir():
+        raise GuidanceError(
+            f"data.images {str(folder)!r} was not found, expected a folder of images; correct the path."
+        )
+    try:
+        states = {path.relative_to(folder).as_posix(): file_state(path) for path in find_images(folder)}
+    except OSError as error:
+        raise GuidanceError(
+            f"data.images {str(folder)!r} cannot be listed: {error.strerror or error} ({error.filename}); "
+            "make all of its folders readable, or move that one away."
+        ) from error
+    if not states:
+        raise GuidanceError(
+            f"data.images {str(folder)!r} holds no image, expected .jpg, .jpeg, .png or .webp files; correct the path."
+        )
+    return states
+
+
+def content_digest(path: Path) -> str:
+    """Return the sha256 of a file's content, or "" if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def plan_cache(
+    images: Path, states: Mapping[str, FileState], cache: Path, recipe: Recipe, shard_size: int, threads: int = 4
+) -> Plan:
+    """Compare the images with the shards.
+
+    A shard whose images are all there and unchanged stays. One with changed, touched or missing images is written anew
+    with those that are left, its good latents copied. Images in no shard make new shards of `shard_size`, by path.
+
+    Args:
+        images: the images folder.
+        states: its images, from `list_images`.
+        cache: the cache folder.
+        recipe: how latents are to be made; shards of another recipe are stale.
+        shard_size: images in a new shard.
+        threads: files that are hashed at once, where the state alone does not tell.
+    """
+    shards = [shard for path in find_shards(cache) if (shard := _readable(path)) and shard.recipe == recipe]
+    # A complete shard comes before the one whose remaining images it took over.
+    shards.sort(key=lambda shard: (not _complete(shard, states), shard.path.name))
+    taken: set[str] = set()
+    jobs: list[Job] = []
+    names: set[str] = set()
+    reused = 0
+    holds = _unchanged(images, (record for shard in shards for record in _records(shard)), states, threads)
+    for shard in shards:
+        left = [record for record in _records(shard) if record.path in states and record.path not in taken]
+        if not left:
+            continue
+        members = tuple(record.path for record in left)
+        taken.update(members)
+        records = {record.path: record for record in left if record in holds}
+        kept = {path: record._replace(**states[path]._asdict()) for path, record in records.items()}
+        reused += sum(not record.reason for record in kept.values())
+        name = shard_name(recipe, members)
+        names.add(name)
+        if name != shard.path.name or len(kept) < len(members) or kept != records:
+            jobs.append(Job(name, members, kept, shard))
+    new = [path for path in states if path not in taken]
+    for start in range(0, len(new), shard_size):
+        members = tuple(new[start : start + shard_size])
+        jobs.append(Job(shard_name(recipe, members), members, {}, None))
+    names.update(job.name for job in jobs)
+    stale = tuple(path for path in find_shards(cache) if path.name not in names)
+    return Plan(tuple(jobs), stale, reused)
+
+
+def _readable(path: Path) -> Shard | None:
+    try:
+        return read_shard(path)
+    except GuidanceError:  # damaged, or of another version: made anew
+        return None
+
+
+def _records(shard: Shard) -> list[Record]:
+    return sorted(shard.entries + shard.broken)
+
+
+def _complete(shard: Shard, states: Mapping[str, FileState]) -> bool:
+    return all(record.path in states for record in shard.entries + shard.broken)
+
+
+def _unchanged(images: Path, records: Iterable[Record], states: Mapping[str, FileState], threads: int) -> set[Record]:
+    """Return the records whose file still has the content they tell of; reads the files only where in doubt."""
+    holds: set[Record] = set()
+    doubtful: list[Record] = []
+    for record in records:
+        state = states.get(record.path)
+        if state is None:
+            continue
+        # A file that could not be read may have become readable without any change to it.
+        if record.sha256 and state == (record.size, record.mtime_ns):
+            holds.add(record)
+        elif not record.sha256 or state.size == record.size:
+            doubtful.append(record)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        digests = pool.map(lambda record: content_digest(images / record.path), doubtful)
+        holds.update(record for record, digest in zip(doubtful, digests, strict=True) if digest == record.sha256)
+    return holds
+
+
+def shares(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
+    """Return one process's part of the jobs."""
+    return list(jobs[rank::world])
