@@ -152,7 +152,7 @@ def _of_file(path: Path, unet: nn.Module, blocks: dict[str, nn.Module]) -> dict[
 
 
 def _width(block: nn.Module) -> int:
-    width: int = block.get_submodule("norm2").weight.numel()  # type: ignore[operator, union-attr, assignment]
+    width: int = block.get_submodule("norm2").weight.numel()  # type: ignore[operator]
     return width
 
 

@@ -120,5 +120,5 @@ def _hash(weights: StateDict) -> str:
     """Return modelspec's hash: SHA-256 of the file after its header, where tensors of one dtype stand by name."""
     digest = hashlib.sha256()
     for key in sorted(weights):
-        digest.update(weights[key].reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[key].reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"0x{digest.hexdigest()}"

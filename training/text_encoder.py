@@ -28,7 +28,10 @@ _CLIP_PREFIXES = {
     "sd1": ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model."),
     "sdxl": ("conditioner.embedders.0.transformer.text_model.",),
 }
-_OPEN_CLIP_PREFIX = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
+_OPEN_CLIP_PREFIXES = {
+    "sd2": ("cond_stage_model.model.", "conditioner.embedders.0.model."),
+    "sdxl": ("conditioner.embedders.1.model.",),
+}
 _HEAD_WIDTH = 64
 
 
@@ -156,8 +159,8 @@ def _from_file(path: Path, family: Family, source: str) -> list[nn.Module]:
             below = _below(shapes, prefix)
             model = _empty(CLIPTextModel, clip_config(below, "quick_gelu"))
             models.append(_fill(model, {f"text_model.{key}": lazy[prefix + key].float() for key in below}, source))
-        if family in _OPEN_CLIP_PREFIX:
-            prefix = _OPEN_CLIP_PREFIX[family]
+        if family in _OPEN_CLIP_PREFIXES:
+            prefix = next(prefix for prefix in _OPEN_CLIP_PREFIXES[family] if f"{prefix}ln_final.weight" in shapes)
             below = _below(shapes, prefix)
             cls = CLIPTextModelWithProjection if family == "sdxl" else CLIPTextModel
             model = _empty(cls, open_clip_config(below, last_layer=family == "sdxl"))
