@@ -61,7 +61,7 @@ def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[
     """
     path = folder / f"{_STEP}{manifest['step']:08d}"
     if path.exists():
-        if _good(path):
+        if read(path):
             return path
         shutil.rmtree(path)  # damaged: it was passed over when the run went on, and is now made again
     with whole_folder(path) as beside:
@@ -75,10 +75,20 @@ def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[
 def newest(folder: Path) -> Checkpoint | None:
     """Return the newest good checkpoint, or None; a damaged one is named in the log and passed over."""
     for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
-        if checkpoint := _good(path):
+        if checkpoint := read(path):
             return checkpoint
         log.warning("Checkpoint %s is damaged, expected the files its manifest names; the one before it is used.", path)
     return None
+
+
+def read(path: Path) -> Checkpoint | None:
+    """Return the checkpoint in a folder, or None if a file of it is missing or not what its manifest says."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        whole = all(_seal(path / name) == seal for name, seal in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Checkpoint(path, manifest) if whole else None
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -88,15 +98,6 @@ def prune(folder: Path, keep: int) -> None:
         # Without its manifest a half-removed checkpoint is no longer one.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _good(path: Path) -> Checkpoint | None:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        whole = all(_seal(path / name) == seal for name, seal in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Checkpoint(path, manifest) if whole else None
 
 
 def _file(folder: Path, part: str) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,17 +12,134 @@ from ..gcfg.errors import GuidanceError
 
 try:
     import typer
-except ModuleNotFoundError as error:  # the nodes do not need it, so the plain install leaves it out
+
+    from .config import fields, load_config
+except ModuleNotFoundError as error:  # the nodes do not need them, so the plain install leaves them out
     raise SystemExit(
-        "gcfg needs typer, which was not found; install it with: pip install 'comfyui_gcfg[train]'"
+        f"gcfg needs {error.name}, which was not found; install it with: pip install 'comfyui_gcfg[train]'"
     ) from error
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Form(str, Enum):
+    """Forms of an exported null-text UNet."""
+
+    folded = "folded"
+    compact = "compact"
+
+
+class Weights(str, Enum):
+    """Which of a checkpoint's weights."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+class DType(str, Enum):
+    """Number formats of an exported file."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+# `\b` keeps the lines of the paragraph that follows it as they are.
+_SETTINGS = "\b\nSettings of the config file, and of --set:\n" + "\n".join(
+    f"  {name} = {default}  ({kind})\n      {text}" for name, kind, default, text in fields()
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's TOML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, for example train.steps=2000; repeatable."),
+]
 
 
 @app.callback()
 def gcfg() -> None:
-    """Tools for concept models beside ComfyUI."""
+    """Concept models beside ComfyUI: trained from images alone, told apart, exported."""
+
+
+# Torch and diffusers take seconds to import: not before --help is answered.
+
+
+@app.command("cache", epilog=_SETTINGS)
+def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Encode the images once with the VAE; what is already encoded is kept."""
+    with _one_sentence():
+        settings = load_config(config, overrides or ())
+        from accelerate import PartialState
+
+        from .encode_images import encode_images, told
+
+        report = encode_images(settings)
+        if PartialState().is_main_process:
+            typer.echo(told(report, settings))
+
+
+@app.command("train", epilog=_SETTINGS)
+def train_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, memory, cache size, speed and time; write nothing.")
+    ] = False,
+) -> None:
+    """Train a concept UNet from cached latents, or go on with the run where it stopped.
+
+    On several GPUs: `accelerate launch --no_python gcfg train CONFIG`, or torchrun with --no-python.
+    """
+    with _one_sentence():
+        settings = load_config(config, overrides or ())
+        if dry_run:
+            from .dry_run import dry_run as measure
+
+            if cost := measure(settings):
+                typer.echo("\n".join(cost.lines()))
+            return
+        from .run import train
+
+        outcome = train(settings)
+    if outcome.signal:
+        typer.echo(f"Stopped at step {outcome.step} of {settings.train.steps}; the same command goes on from there.")
+        raise typer.Exit(128 + outcome.signal)
+    if outcome.exported:
+        typer.echo(f"Trained {outcome.step} steps: {outcome.exported}")
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output.folder, or one of its checkpoints.")],
+    output: Annotated[Path | None, typer.Option(help="The file to write; else the run's name, in its folder.")] = None,
+    form: Annotated[
+        Form, typer.Option(help="folded: every SD loader takes it; compact: smaller, for Load Concept UNet only.")
+    ] = Form.folded,
+    weights: Annotated[
+        Weights, typer.Option(help="ema: the average over the steps; raw: the last step's.")
+    ] = Weights.ema,
+    dtype: Annotated[DType, typer.Option(help="Number format of the file.")] = DType.fp16,
+) -> None:
+    """Write the model file of a run: a UNet that ComfyUI loads."""
+    with _one_sentence():
+        from .trained import export_run
+
+        typer.echo(export_run(source, output, form.value, weights.value, dtype.value))
+
+
+@app.command("validate")
+def validate_command(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of images, or of cached latents.")],
+    resolution: Annotated[int | None, typer.Option(help="Name images smaller than this many pixels.")] = None,
+) -> None:
+    """Look at every image, or every cached latent, and tell what is wrong with it; nothing is changed."""
+    with _one_sentence():
+        from .validate import validate
+
+        report = validate(data, resolution)
+    typer.echo("\n".join(report.lines))
+    if not report.clean:
+        raise typer.Exit(1)
 
 
 @app.command("inspect")
@@ -27,15 +147,22 @@ def inspect_command(
     file: Annotated[Path, typer.Argument(help="A .safetensors file: a UNet, a concept model or a whole checkpoint.")],
 ) -> None:
     """Tell what a UNet file is: its form, key naming, prefix, blocks, size and metadata."""
-    from .inspect_file import inspect_file, report  # torch takes seconds: not before --help is answered
+    with _one_sentence():
+        from .inspect_file import inspect_file, report
 
-    try:
         typer.echo(report(inspect_file(file)))
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn an error meant for the user into its one sentence and exit code 1."""
+    try:
+        yield
     except GuidanceError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
-def main() -> None:
-    """Entry point of the console command."""
-    app()
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console command; without arguments it takes the command line's."""
+    app(arguments)

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,8 @@ else:
     import tomli as tomllib
 
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
+
+NullTextMode = Literal["uniform_mean", "attention_mean", "zero"]
 
 # A field with this mark may differ when a run goes on; all others decide what is learned and may not. Files may move:
 # what is in them is compared.
@@ -271,7 +273,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         found = {key: str(folder / Path(value).expanduser()) for key in keys if (value := getattr(part, key))}
         changes[section] = part.model_copy(update=found)
     model: ModelConfig = changes["model"]
-    if model.null_text not in ("uniform_mean", "attention_mean", "zero"):
+    if model.null_text not in get_args(NullTextMode):
         changes["model"] = model.model_copy(update={"null_text": str(folder / Path(model.null_text).expanduser())})
     return config.model_copy(update=changes)
 

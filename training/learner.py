@@ -56,6 +56,12 @@ class Learner:
             unet.compile()
         self._model = accelerator.prepare_model(unet)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        device: torch.device = self._accelerator.device
+        return device
+
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Take one step on this process's share of the batch.
 

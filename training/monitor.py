@@ -51,7 +51,7 @@ class Monitor:
         now = time.perf_counter()
         rate = (step - self._last) * self._batch_size / (now - self._since)
         self._since, self._last = now, step
-        line = {
+        line: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -64,7 +64,7 @@ class Monitor:
         if torch.cuda.is_available():
             line["peak_memory"] = torch.cuda.max_memory_allocated()
         # JSON has no NaN; a skipped step's loss is null there.
-        line = {
+        line: dict[str, Any] = {
             key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()
         }
         self._file.write(json.dumps(line) + "\n")

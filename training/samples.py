@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..gcfg.combine import combine
 from ..gcfg.plan import ActiveTerm, needs_base
+from .concept import Conditions, predict
+from .config import Config
+from .files import whole_file
+from .learner import Learner
+from .material import Material, read_vae
 from .objective import STABLE_DIFFUSION, TIMESTEPS, Objective
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> denoised
 
 _CAPTION = 14  # pixels
+
+
+def write_samples(config: Config, material: Material, learner: Learner, step: int) -> Image.Image:
+    """Draw the run's grid: one row for each weight, one column for each seed, samples/step-N.png in its folder.
+
+    The prior and the autoencoder are read anew and let go: between two grids they take no memory.
+    """
+    device = learner.device
+    vae, unet = read_vae(material.prior, config), material.prior.load_unet().to(device)
+    prior = _denoiser(unet, material, material.empty.to(device))
+    x = starting_noise(config.sample.seeds, material.shape).to(device)
+    with learner.averaged():
+        concept = _denoiser(learner.unet, material, material.conditions.to(device))
+        latents = [sample(prior, concept, w, x, material.objective, config.sample.steps) for w in config.sample.weights]
+    vae.to(device)
+    captions = [f"w = {weight:g}" for weight in config.sample.weights]
+    picture = grid([(caption, decode(vae, each)) for caption, each in zip(captions, latents, strict=True)])
+    with whole_file(Path(config.output.folder) / "samples" / f"step-{step:08d}.png") as beside:
+        picture.save(beside, format="PNG")
+    return picture
 
 
 @torch.no_grad()
@@ -72,7 +98,15 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
             if place == 0:
                 ImageDraw.Draw(cell).text((2, 1), caption, fill="black")
             captioned.append(cell)
-    return make_image_grid(captioned, len(rows), len(rows[0][1]))
+    whole: Image.Image = make_image_grid(captioned, len(rows), len(rows[0][1]))
+    return whole
+
+
+def _denoiser(unet: nn.Module, material: Material, conditions: Conditions) -> Denoise:
+    def denoised(x: Tensor, t: Tensor) -> Tensor:
+        return material.objective.denoised(x, predict(unet, x, t, conditions), t)
+
+    return denoised
 
 
 def _scheduler(objective: Objective) -> DPMSolverMultistepScheduler:

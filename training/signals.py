@@ -7,12 +7,12 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Within its `with` block, the first signal is noted in `signal`; a second one acts as ever."""
+    """Within its `with` block, the first signal is noted in `signal` (0: none yet); a second one acts as ever."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}

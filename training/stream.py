@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.random import Generator, Philox
+from numpy.typing import NDArray
 from torch import Tensor
 
 _EPOCHS = 2**63  # the upper half of Philox's second key word draws orders, the lower half samples
@@ -63,7 +64,7 @@ class SampleStream:
         self._seed = seed
         self._scaling_factor = scaling_factor
         self._noise_offset = noise_offset
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Return the samples at these positions."""

@@ -1,0 +1,224 @@
+"""`gcfg train`: from a config to a trained model, or on from where it stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from ..gcfg.errors import GuidanceError
+from . import checkpoints
+from .checkpoints import Checkpoint
+from .concept import null_text_features, predict, to_null_text
+from .config import Config, changed_on_resume
+from .drift import drift, drift_table
+from .learner import Learner, StepResult
+from .material import Material, probes, read_material
+from .monitor import Monitor, Silent
+from .samples import write_samples
+from .signals import StopRequest
+from .stream import shares
+from .trained import CHECKPOINTS, export_run, manifest
+
+DRIFT_SAMPLES = 40
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside the weights.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        skipped: how many of them were skipped.
+        skipped_in_a_row: how many of the last ones.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def after(self, result: StepResult) -> Progress:
+        """Return the progress one step later."""
+        in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        return Progress(self.step + 1, self.skipped + result.skipped, in_a_row)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: by the signal that stopped it, or with an exported file (which the main process names)."""
+
+    step: int
+    signal: int = 0
+    exported: Path | None = None
+
+
+def train(config: Config) -> Outcome:
+    """Train to `train.steps`, from the start or from the newest checkpoint, and export the result.
+
+    Raises: GuidanceError: one sentence; what was saved before stays.
+    """
+    accelerator = new_accelerator(config)
+    folder = Path(config.output.folder)
+    material = read_material(config)
+    found = checkpoints.newest(folder / CHECKPOINTS)
+    _check_same_run(found, material, config, accelerator)
+    learner = new_learner(config, material, accelerator, fresh=found is None)
+    progress = _take_up(found, learner) if found else Progress()
+    accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
+    if accelerator.is_main_process:
+        checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
+    monitor: Any = Monitor(config, progress.step) if accelerator.is_main_process else Silent()
+    saved = progress.step if found else None
+    signal = 0
+    try:
+        with StopRequest() as stop:
+            while progress.step < config.train.steps and not signal:
+                result, waited = take_step(config, material, learner, accelerator, progress.step)
+                progress = progress.after(result)
+                monitor.step(progress.step, result, progress.skipped, waited)
+                _check_sound(progress, result, config)
+                signal = _agreed(stop.signal, accelerator)
+                if _due(progress.step, config.sample.every) and accelerator.is_main_process:
+                    monitor.samples(progress.step, write_samples(config, material, learner, progress.step))
+                if _due(progress.step, config.output.checkpoint_every):
+                    _save(config, material, learner, progress, accelerator)
+                    saved = progress.step
+                    monitor.pause()
+            if saved != progress.step:
+                _save(config, material, learner, progress, accelerator)
+    finally:
+        monitor.close()
+    if signal or not accelerator.is_main_process:
+        return Outcome(progress.step, signal)
+    return Outcome(progress.step, exported=export_run(folder))
+
+
+def new_accelerator(config: Config) -> Accelerator:
+    """Join the processes of the run; one alone is a run of one.
+
+    Raises: GuidanceError: if the batch cannot be shared among them.
+    """
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # The others wait while the main process draws samples and saves.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
+    )
+    if config.train.batch_size % accelerator.num_processes:
+        raise GuidanceError(
+            f"train.batch_size is {config.train.batch_size}, expected a multiple of the {accelerator.num_processes} "
+            "processes that share it; change either."
+        )
+    return accelerator
+
+
+def new_learner(config: Config, material: Material, accelerator: Accelerator, fresh: bool) -> Learner:
+    """Make the network of the prior, and the learner around it.
+
+    Args:
+        config: the run's.
+        material: what it reads.
+        accelerator: its processes.
+        fresh: whether the constants are to be found and measured; a checkpoint brings its own.
+    """
+    unet = material.prior.load_unet().to(accelerator.device)
+    if config.model.mode == "null_text":
+        constants = _constants(unet, config, material) if fresh else null_text_features(unet, "zero")
+        if fresh and accelerator.is_main_process:
+            noised = probes(material, DRIFT_SAMPLES, accelerator.device)
+            print(drift_table(drift(unet, constants, material.empty, noised)))
+        to_null_text(unet, constants, config.model.train_null_text)
+    conditions = material.conditions.to(accelerator.device)
+
+    def bound(model: nn.Module, x: Tensor, t: Tensor, geometry: Tensor) -> Tensor:
+        return predict(model, x, t, conditions, geometry)
+
+    return Learner(unet, material.objective, bound, config.train, accelerator)
+
+
+def _constants(unet: nn.Module, config: Config, material: Material) -> dict[str, Tensor]:
+    device = next(unet.parameters()).device
+    noised = probes(material, config.model.attention_mean_samples, device)
+    return null_text_features(unet, config.model.null_text, material.empty, noised)
+
+
+def take_step(
+    config: Config, material: Material, learner: Learner, accelerator: Accelerator, step: int
+) -> tuple[StepResult, float]:
+    """Take one step; also return the seconds it waited for its samples."""
+    began = time.perf_counter()
+    positions = shares(
+        step,
+        config.train.batch_size,
+        config.train.micro_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    batches = [material.stream.batch(each) for each in positions]
+    waited = time.perf_counter() - began
+    return learner.step(step, batches), waited
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _agreed(signal: int, accelerator: Accelerator) -> int:
+    """Return the signal that any process got, or 0: all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return signal
+    got: Tensor = accelerator.gather(torch.tensor([signal], device=accelerator.device))
+    return int(got.max())
+
+
+def _check_sound(progress: Progress, result: StepResult, config: Config) -> None:
+    if progress.skipped_in_a_row >= config.train.max_skipped_steps:
+        raise GuidanceError(
+            f"Loss or gradient was NaN or infinite in {progress.skipped_in_a_row} steps in a row (the last: loss "
+            f"{result.loss}, gradient {result.grad_norm}), expected fewer than train.max_skipped_steps; lower "
+            "train.learning_rate in a new output.folder, or set train.precision to fp32."
+        )
+
+
+def _save(config: Config, material: Material, learner: Learner, progress: Progress, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        folder = Path(config.output.folder) / CHECKPOINTS
+        tensors, scalars = learner.state()
+        about = {**asdict(progress), **manifest(config, material), "scalars": scalars}
+        checkpoints.save(folder, about, tensors)
+        checkpoints.prune(folder, config.output.keep_last)
+    accelerator.wait_for_everyone()
+
+
+def _take_up(found: Checkpoint, learner: Learner) -> Progress:
+    learner.load(found.tensors, found.manifest["scalars"])
+    return Progress(*(found.manifest[name] for name in Progress.__dataclass_fields__))
+
+
+def _check_same_run(found: Checkpoint | None, material: Material, config: Config, accelerator: Accelerator) -> None:
+    """Refuse to go on with another run than the one that was saved, or to start anew in one process and not in all."""
+    step = torch.tensor([found.step if found else 0], device=accelerator.device)
+    steps: list[int] = accelerator.gather(step).tolist()
+    if len(set(steps)) > 1:
+        raise GuidanceError(
+            f"The processes see different checkpoints in output.folder {config.output.folder!r}, of the steps {steps}; "
+            "expected one folder that all machines share."
+        )
+    if not found:
+        return
+    other = f"{str(found.folder)!r} was made with other settings"
+    fix = "change it back, or name another output.folder"
+    if changes := changed_on_resume(found.manifest["config"], config):
+        raise GuidanceError(f"{other}: {changes[0]}; {fix}.")
+    now = manifest(config, material)
+    for key, words in (("prior", "model.checkpoint holds another UNet"), ("data", "data.cache holds other images")):
+        if found.manifest[key] != now[key]:
+            raise GuidanceError(f"{other}: {words} than at the start of the run; {fix}.")
