@@ -91,15 +91,14 @@ def build_cache(
     planned = time.monotonic()
     jobs = shares(plan.jobs, state.process_index, state.num_processes)
     encoder = _Encoder(vae, recipe, batch_size)
-    with (
-        _told_of_dead_workers(),
-        tqdm(
-            total=sum(len(job.todo) for job in jobs),
-            desc="caching" if state.num_processes == 1 else f"caching (process 1 of {state.num_processes})",
-            unit="image",
-            disable=not (count and progress and state.is_main_process),
-        ) as bar,
-    ):
+    todo = sum(len(job.todo) for job in jobs)
+    bar = tqdm(
+        total=todo,
+        desc="caching" if state.num_processes == 1 else f"caching (process 1 of {state.num_processes})",
+        unit="image",
+        disable=not (todo and progress and state.is_main_process),
+    )
+    with _told_of_dead_workers(), bar:
         _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
     state.wait_for_everyone()
     seconds = time.monotonic() - planned
