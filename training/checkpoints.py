@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import remove_unfinished, whole_folder
+from .files import discard, remove_unfinished, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[
     if path.exists():
         if read(path):
             return path
-        shutil.rmtree(path)  # damaged: it was passed over when the run went on, and is now made again
+        discard(path)  # damaged: it was passed over when the run went on, and is now made again
     with whole_folder(path) as beside:
         for name, tensors in parts.items():
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, _file(beside, name))
@@ -95,9 +94,7 @@ def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what a killed process left half-written."""
     remove_unfinished(folder)
     for path in sorted(folder.glob(f"{_STEP}*"))[:-keep]:
-        # Without its manifest a half-removed checkpoint is no longer one.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
 
 
 def _file(folder: Path, part: str) -> Path:

@@ -43,6 +43,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder in one step: a process killed meanwhile leaves no part of it under its name."""
+    beside = _beside(folder)
+    folder.replace(beside)
+    _remove(beside)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written in a folder."""
     for path in folder.glob(f"{UNFINISHED}*"):
@@ -51,7 +58,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    beside = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(beside)
@@ -66,6 +73,10 @@ def _unfinished(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(beside)
         raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
 
 
 def _disk_trouble(error: Exception) -> str:

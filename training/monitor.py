@@ -64,9 +64,7 @@ class Monitor:
         if torch.cuda.is_available():
             line["peak_memory"] = torch.cuda.max_memory_allocated()
         # JSON has no NaN; a skipped step's loss is null there.
-        line: dict[str, Any] = {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in line.items()
-        }
+        line = {key: value if np.isfinite(value) else None for key, value in line.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._bar.set_postfix({"loss": f"{result.loss:.4f}", "images/s": f"{rate:.2f}"})

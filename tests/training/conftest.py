@@ -1,5 +1,6 @@
 """A small world of real parts: a checkpoint in Stable Diffusion's file layout, and folders of handwritten digits."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,7 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.training.cli import main
+from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.encode_images import encode_images
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -16,8 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 RESOLUTION = 32
 
+os.environ["TQDM_DISABLE"] = "1"
 
-@pytest.fixture(autouse=True)
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Small tensors: a second thread costs more than it brings, and results depend on the number."""
     torch.set_num_threads(1)
@@ -113,6 +120,42 @@ def write_config():
 
 def toml(value):
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, checkpoint, digits, write_config):
+    """The digits, encoded once for all tests that only read them."""
+    folder = tmp_path_factory.mktemp("cache")
+    encode_images(load_config(write_config(folder, checkpoint, digits, folder / "cache")))
+    return folder / "cache"
+
+
+@pytest.fixture
+def config_file(tmp_path, checkpoint, digits, cache, write_config):
+    """Write a config on the small world into the test's own folder."""
+    return lambda **sections: write_config(tmp_path, checkpoint, digits, cache, **sections)
+
+
+@pytest.fixture(autouse=True)
+def _new_processes():
+    """Accelerate keeps one state per process; each test may want another precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start the command in a process of its own, forked from one that has the libraries already."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["comfyui_gcfg.training.run", "comfyui_gcfg.training.encode_images"])
+
+    def begin(*arguments):
+        process = context.Process(target=main, args=([str(each) for each in arguments],))
+        process.start()
+        return process
+
+    return begin
 
 
 @pytest.fixture(scope="session")
