@@ -20,7 +20,8 @@ SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 SIZES = 6
 _HEADS = 8  # of each attention in SD1.x
 _HEAD_WIDTH = 64  # in SD2.x, SDXL and every CLIP
-_REFINER = (1280, 2560)  # context and pooled width of SDXL's refiner
+_REFINER = (1280, 2560)  # context and vector width of SDXL's refiner
+_UNCLIP = ((1024, 1536), (1024, 2048))  # of SD2.1's unCLIP models
 
 _TRANSFORMER = re.compile(r"((?:input_blocks|output_blocks)\.\d+|middle_block)\.\d+\.transformer_blocks\.(\d+)\.")
 
@@ -90,14 +91,13 @@ def refuse_unsuitable(config: Config, source: str) -> None:
     text_time = config.get("addition_embed_type") == "text_time"
     if (context, pooled) == _REFINER:
         raise GuidanceError(f"{source} is SDXL's refiner, which cannot start from noise; use the SDXL base model.")
-    if config.get("class_embed_type") or (
-        pooled is not None and (not text_time or not config["use_linear_projection"])
-    ):
+    labels = config.get("class_embed_type") or (context, pooled) in _UNCLIP
+    if labels or (pooled is not None and not (text_time and config.get("use_linear_projection"))):
         raise GuidanceError(f"{source} reads class labels or images (unCLIP), expected a text-to-image base model.")
     if pooled is not None and pooled <= SIZES * SIZE_EMBEDDING:
         raise GuidanceError(
-            f"{source} reads a vector of {pooled} values (an unCLIP or video model?), expected SDXL's pooled text and "
-            f"six sizes, more than {SIZES * SIZE_EMBEDDING}."
+            f"{source} reads a vector of {pooled} values beside the text, expected SDXL's pooled text and six sizes, "
+            f"more than {SIZES * SIZE_EMBEDDING}; use a base model."
         )
 
 

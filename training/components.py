@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import PICKLE_SUFFIXES, conversion
+from ..gcfg.safetensors_file import PICKLE_SUFFIXES, conversion, read_header
 
 UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"
@@ -54,7 +54,7 @@ def weight_files(folder: Path, stem: str, source: str) -> tuple[str | None, list
 
     The full-precision files win where there are several variants.
 
-    Raises: GuidanceError: if there are none, or only pickles.
+    Raises: GuidanceError: if there are none, only pickles, or one that is cut short.
     """
     files = sorted(path for path in folder.glob(f"{stem}*.safetensors"))
     if not files:
@@ -62,6 +62,8 @@ def weight_files(folder: Path, stem: str, source: str) -> tuple[str | None, list
         if pickles:
             raise GuidanceError(f"{source}: {folder.name}/{pickles[0].name} is a pickle; {conversion(pickles[0])}")
         raise GuidanceError(f"{source}: {folder.name} has no '{stem}.safetensors'; download the folder again.")
+    for path in files:
+        read_header(path, f"{source}: {folder.name}/{path.name}")
     plain = [path for path in files if path.name == f"{stem}.safetensors" or path.name.startswith(f"{stem}-")]
     if plain:
         return None, plain

@@ -73,9 +73,9 @@ class Prior:
         """Read the UNet, in evaluation mode."""
         return load_unet(self.unet, dtype)
 
-    def load_vae(self, other: Path | None = None, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    def load_vae(self, other: Path | None = None) -> AutoencoderKL:
         """Read the autoencoder, the prior's own or the one at `other`, in evaluation mode, without gradients."""
-        return load_vae(other or self.path, self.family, _source("vae", other, self.path), dtype)
+        return load_vae(other or self.path, self.family, _source("vae", other, self.path))
 
     def encode_prompt(
         self, prompt: str, text_encoder: Path | None = None, tokenizer: Path | None = None

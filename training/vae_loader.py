@@ -46,18 +46,17 @@ def vae_config(shapes: Shapes, family: Family) -> Config:
     }
 
 
-def load_vae(path: Path, family: Family, source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Load the autoencoder, in evaluation mode and without gradients.
+def load_vae(path: Path, family: Family, source: str) -> AutoencoderKL:
+    """Load the autoencoder in float32, in evaluation mode and without gradients.
 
     Args:
         path: a checkpoint, a VAE file or a diffusers folder.
         family: the prior's; it decides the scaling factor where the file does not say (a folder does).
         source: start of every error: "model.vae 'path'".
-        dtype: of its weights.
 
     Raises: GuidanceError: if there is none, or one of another kind (TAESD, a video or 16-channel VAE).
     """
-    vae = _from_folder(path, source, dtype) if path.is_dir() else _from_file(path, family, source, dtype)
+    vae = _from_folder(path, source) if path.is_dir() else _from_file(path, family, source)
     channels = vae.config.latent_channels
     if channels != LATENT_CHANNELS:
         raise GuidanceError(
@@ -67,7 +66,7 @@ def load_vae(path: Path, family: Family, source: str, dtype: torch.dtype = torch
     return vae.eval().requires_grad_(False)
 
 
-def _from_file(path: Path, family: Family, source: str, dtype: torch.dtype) -> AutoencoderKL:
+def _from_file(path: Path, family: Family, source: str) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     shapes = read_header(path, source).shapes
@@ -83,7 +82,7 @@ def _from_file(path: Path, family: Family, source: str, dtype: torch.dtype) -> A
             "use_post_quant_conv": "post_quant_conv.weight" in bare,
         }
         lazy = LazyStateDict(path)
-        weights = {_renamed(name): lazy[key].to(dtype, copy=True) for name, key in bare.items()}
+        weights = {_renamed(name): lazy[key].to(torch.float32, copy=True) for name, key in bare.items()}
         with tempfile.TemporaryDirectory() as folder:  # a local config, or diffusers would look one up by guessing
             with torch.device("meta"):
                 AutoencoderKL.from_config(config).save_config(folder)
@@ -92,10 +91,10 @@ def _from_file(path: Path, family: Family, source: str, dtype: torch.dtype) -> A
         raise _another_kind(source) from error
     if any(tensor.is_meta for tensor in vae.state_dict().values()):
         raise _another_kind(source)
-    return vae.to(dtype)
+    return vae
 
 
-def _from_folder(path: Path, source: str, dtype: torch.dtype) -> AutoencoderKL:
+def _from_folder(path: Path, source: str) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     folder = component(path, "vae", "AutoencoderKL", source)
@@ -104,7 +103,7 @@ def _from_folder(path: Path, source: str, dtype: torch.dtype) -> AutoencoderKL:
         vae, info = AutoencoderKL.from_pretrained(
             str(folder),
             variant=variant,
-            torch_dtype=dtype,
+            torch_dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
