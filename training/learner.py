@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -69,28 +71,18 @@ class Learner:
 
         Raises: GuidanceError: if memory runs out.
         """
-        try:
+        with self._told_of_full_memory(len(micro_batches[0].u)):
             loss = self._accumulate(micro_batches)
-        except torch.OutOfMemoryError as error:
-            raise GuidanceError(
-                f"Out of memory with {len(micro_batches[0].u)} images at once on {self._accelerator.device}; set "
-                "train.micro_batch_size to half of that, or train.gradient_checkpointing to true."
-            ) from error
-        limit = self._config.max_grad_norm or float("inf")
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
-        skipped = not (torch.tensor([loss, grad_norm]).isfinite().all())
-        if not skipped:
-            rate = self._config.learning_rate * min(1.0, (step + 1) / max(1, self._config.warmup_steps))
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
-            if self._ema:
-                self._ema.step(self.parameters)
+            limit = self._config.max_grad_norm or float("inf")
+            grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+            skipped = not math.isfinite(loss) or not math.isfinite(grad_norm)
+            if not skipped:
+                self._update(step)
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, skipped)
 
     @contextlib.contextmanager
-    def averaged(self) -> Any:
+    def averaged(self) -> Iterator[None]:
         """Hold the averaged weights in the UNet, in evaluation mode, within the `with` block."""
         self.unet.eval()
         if self._ema:
@@ -131,6 +123,26 @@ class Learner:
             for shadow, name in zip(self._ema.shadow_params, self._names, strict=True):
                 shadow.copy_(averages[name])
             self._ema.optimization_step = scalars["ema_steps"]
+
+    def _update(self, step: int) -> None:
+        rate = self._config.learning_rate * min(1.0, (step + 1) / max(1, self._config.warmup_steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        if self._ema:
+            self._ema.step(self.parameters)
+
+    @contextlib.contextmanager
+    def _told_of_full_memory(self, images: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise GuidanceError(
+                f"Out of memory with {images} images at once on {self.device}; set train.micro_batch_size to half of "
+                "that, or train.gradient_checkpointing to true, and run the same command again."
+            ) from error
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> float:
         """Add up the gradients of the whole batch, and return its loss."""
