@@ -97,15 +97,13 @@ def _in_form(weights: StateDict, form: Form, context_dim: int) -> StateDict:
 
 
 def _cast(key: str, tensor: Tensor, dtype: str) -> Tensor:
-    cast = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
-    if not cast.isfinite().all():
-        if tensor.isfinite().all():
-            peak = float(tensor.abs().max())
-            raise GuidanceError(
-                f"{key!r} has values up to {peak:.3g}, more than {dtype} can hold; export as bf16 or fp32."
-            )
+    extremes = torch.stack(tensor.detach().aminmax())  # NaN if any value is
+    if not extremes.isfinite().all():
         raise GuidanceError(f"{key!r} has NaN or infinite values: the training failed; export an earlier checkpoint.")
-    return cast
+    if not extremes.to(DTYPES[dtype]).isfinite().all():
+        peak = float(extremes.abs().max())
+        raise GuidanceError(f"{key!r} has values up to {peak:.3g}, more than {dtype} can hold; export as bf16 or fp32.")
+    return tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
 
 
 def _markers(metadata: Mapping[str, str], zero_terminal_snr: bool, dtype: torch.dtype) -> StateDict:
