@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from .cache_plan import Job, Plan, list_images, plan_cache, shares
 from .decode import decoded_batches
 from .files import remove_unfinished, whole_file
 from .images import Geometry
+from .processes import join_processes
 from .shards import INCOMPLETE, Recipe, Record, find_shards, read_shard, write_shard
 
 QUARANTINE = "quarantine.txt"
@@ -85,8 +85,7 @@ def build_cache(
         NaN. What was finished before stays, and the next run goes on from there.
     """
     started = time.monotonic()
-    # Planning may hash a whole data set, and the shares end at different times: the usual ten minutes are too short.
-    state = PartialState(cpu=str(vae.device) == "cpu", timeout=timedelta(days=7))
+    state = join_processes()
     plan = _from_main(state, lambda: _prepare(images, cache, recipe, shard_size, max(1, workers)))
     planned = time.monotonic()
     jobs = shares(plan.jobs, state.process_index, state.num_processes)

@@ -69,12 +69,11 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
     with _one_sentence():
         settings = load_config(config, overrides or ())
-        from accelerate import PartialState
-
         from .encode_images import encode_images, told
+        from .processes import join_processes
 
         report = encode_images(settings)
-        if PartialState().is_main_process:
+        if join_processes().is_main_process:
             typer.echo(told(report, settings))
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..gcfg.errors import GuidanceError
 from .cache import QUARANTINE, CacheReport, build_cache
 from .config import Config
 from .material import read_prior, read_vae, recipe
+from .processes import join_processes
 
 
 def encode_images(config: Config) -> CacheReport:
@@ -24,7 +23,7 @@ def encode_images(config: Config) -> CacheReport:
     return build_cache(
         Path(data.images),
         Path(data.cache),
-        vae.to(PartialState().device),
+        vae.to(join_processes().device),
         recipe(vae, config),
         shard_size=data.shard_size,
         batch_size=data.encode_batch_size,

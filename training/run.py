@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..gcfg.errors import GuidanceError
@@ -21,6 +20,7 @@ from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
 from .monitor import Monitor, Silent
+from .processes import join_processes, only_cpu
 from .samples import write_samples
 from .signals import StopRequest
 from .stream import shares
@@ -94,8 +94,10 @@ def train(config: Config) -> Outcome:
                 _save(config, material, learner, progress, accelerator)
     finally:
         monitor.close()
-    if signal or not accelerator.is_main_process:
+    if progress.step < config.train.steps:
         return Outcome(progress.step, signal)
+    if not accelerator.is_main_process:
+        return Outcome(progress.step)
     return Outcome(progress.step, exported=export_run(folder))
 
 
@@ -104,13 +106,11 @@ def new_accelerator(config: Config) -> Accelerator:
 
     Raises: GuidanceError: if the batch cannot be shared among them.
     """
+    join_processes()
     accelerator = Accelerator(
+        cpu=only_cpu(),
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # The others wait while the main process draws samples and saves.
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if config.train.batch_size % accelerator.num_processes:
         raise GuidanceError(

@@ -1,0 +1,77 @@
+"""Several processes of one run, started as users start them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from accelerate import Accelerator
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.run import train
+
+
+def log_of(folder):
+    lines = (json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture
+def torchrun():
+    """Start the trainer in two processes on the CPU, with gloo between them."""
+
+    def start(*arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        return subprocess.Popen(
+            [sys.executable, *launcher, "-m", "comfyui_gcfg.training", *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def test_two_processes_give_the_losses_of_one_and_stop_together(
+    config_file, tmp_path, tmp_path_factory, checkpoint, digits, cache, write_config, torchrun
+):
+    """To 1e-4 relative: float32 sums in another order, through 40 steps of Adam; one process ends the run."""
+    settings = {
+        "train": {"steps": 40, "batch_size": 6, "micro_batch_size": 2, "learning_rate": 1e-4},
+        "output": {"checkpoint_every": 1000},
+    }
+    alone = tmp_path_factory.mktemp("alone")
+    train(load_config(write_config(alone, checkpoint, digits, cache, **settings)))
+
+    config = config_file(**settings)
+    two = torchrun("train", config)
+    log = tmp_path / "run" / "log.jsonl"
+    while two.poll() is None and not log.exists():
+        time.sleep(0.005)
+    workers = subprocess.run(["pgrep", "-P", str(two.pid)], capture_output=True, text=True).stdout.split()
+    while two.poll() is None and log.read_text().count("\n") < 3:
+        time.sleep(0.005)
+    os.kill(int(workers[-1]), signal.SIGTERM)  # one of them is told, both stop
+    out, err = two.communicate(timeout=120)
+    assert re.search(r"Stopped at step (\d+) of 40", out), err
+    done = len(log_of(tmp_path))
+    assert 3 <= done < 40
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
+    train(load_config(config))
+    ours, theirs = ([loss for _, loss, _ in log_of(folder)] for folder in (tmp_path, alone))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(config_file, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(GuidanceError, match=r"train\.batch_size is 4, expected a multiple of the 3 processes"):
+        train(load_config(config_file()))
