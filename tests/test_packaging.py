@@ -21,7 +21,7 @@ else:  # pytest brings it
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
 ROOMS = ("gcfg", "nodes", "training", "demo")
-DATA = ("web", "workflows")
+DATA = ("web", "workflows", "training/presets")
 # Nothing below these is a source: copying a virtual environment would take minutes.
 SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -98,9 +97,8 @@ def images_per_second(config: Config, material: Material, learner: Learner, acce
     """Return the speed of five steps over all processes; a first one, which warms up, is not timed."""
     seconds = 0.0
     for step in tqdm(range(STEPS + 1), desc="measuring", disable=not accelerator.is_main_process, leave=False):
-        began = time.perf_counter()
-        take_step(config, material, learner, accelerator, step)
-        seconds += time.perf_counter() - began if step else 0.0
+        _, timing = take_step(config, material, learner, accelerator, step)
+        seconds += timing.seconds if step else 0.0
     return STEPS * config.train.batch_size / seconds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from .config import Config
 from .learner import StepResult
 
 LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a step took, and how many of them went by until it had its samples."""
+
+    seconds: float
+    data_seconds: float
 
 
 class Monitor:
@@ -34,23 +43,23 @@ class Monitor:
             SummaryWriter(str(folder / "tensorboard"), purge_step=start) if config.output.tensorboard else None
         )
         self._bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True)
-        self._since, self._last = time.perf_counter(), start
+        self._seconds, self._last = 0.0, start
 
-    def step(self, step: int, result: StepResult, skipped: int, data_seconds: float) -> None:
+    def step(self, step: int, result: StepResult, skipped: int, timing: Timing) -> None:
         """Report that `step` steps are done.
 
         Args:
             step: how many are done.
             result: of the last one.
             skipped: steps skipped so far.
-            data_seconds: time the last step waited for its samples.
+            timing: of the last step; the speed leaves out checkpoints and sample grids.
         """
         self._bar.update(1)
+        self._seconds += timing.seconds
         if step % self._every and step != self._bar.total:
             return
-        now = time.perf_counter()
-        rate = (step - self._last) * self._batch_size / (now - self._since)
-        self._since, self._last = now, step
+        rate = (step - self._last) * self._batch_size / self._seconds
+        self._seconds, self._last = 0.0, step
         line: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
@@ -58,7 +67,8 @@ class Monitor:
             "skipped": skipped,
             "images": step * self._batch_size,
             "images_per_second": round(rate, 3),
-            "data_seconds": round(data_seconds, 6),
+            "data_seconds": round(timing.data_seconds, 6),
+            "seconds": round(timing.seconds, 6),
             "time": round(time.time(), 3),
         }
         if torch.cuda.is_available():
@@ -76,15 +86,6 @@ class Monitor:
         """Show a sample grid."""
         if self._board:
             self._board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        self.pause()
-
-    def pause(self) -> None:
-        """Leave out of the speed what was not training since the last step."""
-        self._since = time.perf_counter()
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(text)
 
     def close(self) -> None:
         """Write everything out."""

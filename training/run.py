@@ -19,7 +19,7 @@ from .config import Config, changed_on_resume
 from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
-from .monitor import Monitor, Silent
+from .monitor import Monitor, Silent, Timing
 from .processes import join_processes, only_cpu
 from .samples import write_samples
 from .signals import StopRequest
@@ -73,23 +73,24 @@ def train(config: Config) -> Outcome:
     accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
     if accelerator.is_main_process:
         checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
+        if found:
+            print(f"Going on after step {progress.step} of {config.train.steps}.", flush=True)
     monitor: Any = Monitor(config, progress.step) if accelerator.is_main_process else Silent()
     saved = progress.step if found else None
     signal = 0
     try:
         with StopRequest() as stop:
             while progress.step < config.train.steps and not signal:
-                result, waited = take_step(config, material, learner, accelerator, progress.step)
+                result, timing = take_step(config, material, learner, accelerator, progress.step)
                 progress = progress.after(result)
-                monitor.step(progress.step, result, progress.skipped, waited)
+                monitor.step(progress.step, result, progress.skipped, timing)
                 _check_sound(progress, result, config)
                 signal = _agreed(stop.signal, accelerator)
-                if _due(progress.step, config.sample.every) and accelerator.is_main_process:
-                    monitor.samples(progress.step, write_samples(config, material, learner, progress.step))
                 if _due(progress.step, config.output.checkpoint_every):
                     _save(config, material, learner, progress, accelerator)
                     saved = progress.step
-                    monitor.pause()
+                if _due(progress.step, config.sample.every) and accelerator.is_main_process:
+                    monitor.samples(progress.step, write_samples(config, material, learner, progress.step))
             if saved != progress.step:
                 _save(config, material, learner, progress, accelerator)
     finally:
@@ -152,8 +153,8 @@ def _constants(unet: nn.Module, config: Config, material: Material) -> dict[str,
 
 def take_step(
     config: Config, material: Material, learner: Learner, accelerator: Accelerator, step: int
-) -> tuple[StepResult, float]:
-    """Take one step; also return the seconds it waited for its samples."""
+) -> tuple[StepResult, Timing]:
+    """Take one step on this process's share of the batch, and time it."""
     began = time.perf_counter()
     positions = shares(
         step,
@@ -163,8 +164,9 @@ def take_step(
         accelerator.num_processes,
     )
     batches = [material.stream.batch(each) for each in positions]
-    waited = time.perf_counter() - began
-    return learner.step(step, batches), waited
+    data_seconds = time.perf_counter() - began
+    result = learner.step(step, batches)  # it waits for its loss, so the clock tells the truth on a GPU too
+    return result, Timing(time.perf_counter() - began, data_seconds)
 
 
 def _due(step: int, every: int) -> bool:
