@@ -21,6 +21,7 @@ from ..demo.server import find_comfyui
 from .figures import Figure, table, write_json
 from .files import make_files
 from .inprocess import import_comfyui
+from .training import training
 
 if TYPE_CHECKING:  # importing it takes a running ComfyUI
     from .bench import Bench
@@ -28,8 +29,9 @@ if TYPE_CHECKING:  # importing it takes a running ComfyUI
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     small: Annotated[bool, typer.Option("--small", help="The demo's small UNet, not all of SD1.5.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of everything that is timed.")] = 3,
     size: Annotated[
@@ -46,7 +48,12 @@ def bench(
         ".cache/benchmarks"
     ),
 ) -> None:
-    """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one."""
+    """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
+
+    The trainer has a benchmark of its own: `training --help`.
+    """
+    if context.invoked_subcommand:
+        return
     started = time.monotonic()
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # of other programs
     size = size if size is not None else 128 if small else 256
@@ -95,7 +102,7 @@ def _machine(tree: Path | None, work: Bench) -> dict[str, Any]:
     return {
         "comfyui": _version(tree),
         "torch": torch.__version__,
-        "device": _device(work.clock.device),
+        "device": device_name(work.clock.device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
@@ -109,7 +116,8 @@ def _version(tree: Path | None) -> str:
     return str(runpy.run_path(str(tree / "comfyui_version.py"))["__version__"])
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the machine's CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -118,3 +126,6 @@ def _device(device: torch.device) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{device.type} ({name})"
+
+
+app.command("training")(training)

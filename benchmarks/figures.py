@@ -10,7 +10,17 @@ from typing import Any
 
 from .timing import Spread
 
-_FORMATS = {"x": "{:.3f}", "ms": "{:.1f} ms", "s": "{:.2f} s", "MB": "{:,.0f} MB", "count": "{:.0f}", "": "{:.2g}"}
+_FORMATS = {
+    "x": "{:.3f}",
+    "ms": "{:.1f} ms",
+    "s": "{:.2f} s",
+    "MB": "{:,.0f} MB",
+    "%": "{:.2f} %",
+    "images/s": "{:.3g} images/s",
+    "GFLOP/s": "{:,.0f} GFLOP/s",
+    "count": "{:.0f}",
+    "": "{:.2g}",
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +31,12 @@ class Figure:
         name: its key in the JSON.
         text: what was measured against what.
         value: the measured value, the median where there are repeats.
-        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "count", or "" for a plain number.
+        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "%", "images/s", "GFLOP/s", "count", or "" for a number.
         low: the smallest of the repeats, or None.
         high: the largest.
         goal: the value should be at most this; None where the figure only informs.
         note: what else the reader should know.
+        at_least: the value should be at least the goal.
     """
 
     name: str
@@ -36,24 +47,34 @@ class Figure:
     high: float | None = None
     goal: float | None = None
     note: str = ""
+    at_least: bool = False
 
     @classmethod
     def spread(
-        cls, name: str, text: str, spread: Spread, unit: str, goal: float | None = None, note: str = ""
+        cls,
+        name: str,
+        text: str,
+        spread: Spread,
+        unit: str,
+        goal: float | None = None,
+        note: str = "",
+        at_least: bool = False,
     ) -> Figure:
         """A figure of repeated values."""
-        return cls(name, text, spread.median, unit, spread.low, spread.high, goal, note)
+        return cls(name, text, spread.median, unit, spread.low, spread.high, goal, note, at_least)
 
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None without a goal."""
-        return None if self.goal is None else self.value <= self.goal
+        if self.goal is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """The row: text, value, spread, goal, verdict."""
         write = _FORMATS[self.unit].format
         between = "" if self.low is None or self.high is None else f"{write(self.low)} .. {write(self.high)}"
-        goal = "" if self.goal is None else f"<= {write(self.goal)}"
+        goal = "" if self.goal is None else f"{'>=' if self.at_least else '<='} {write(self.goal)}"
         verdict = {None: "", True: "met", False: "MISSED"}[self.met]
         return self.text, write(self.value), between, goal, verdict
 
