@@ -118,7 +118,7 @@ def plan_cache(
         threads: files that are hashed at once, where the state alone does not tell.
     """
     shards = [shard for path in find_shards(cache) if (shard := _readable(path)) and shard.recipe == recipe]
-    # A complete shard comes before the one whose remaining images it took over.
+    # After a crash a shard may stand beside the complete one that took over what is left of it: that one has it.
     shards.sort(key=lambda shard: (not _complete(shard, states), shard.path.name))
     taken: set[str] = set()
     jobs: list[Job] = []
@@ -170,10 +170,10 @@ def _unchanged(images: Path, records: Iterable[Record], states: Mapping[str, Fil
         state = states.get(record.path)
         if state is None:
             continue
-        # A file that could not be read may have become readable without any change to it.
+        # A file that could not be read (it has no hash) may have become readable without any change to it.
         if record.sha256 and state == (record.size, record.mtime_ns):
             holds.add(record)
-        elif not record.sha256 or state.size == record.size:
+        elif state.size == record.size:
             doubtful.append(record)
     with ThreadPoolExecutor(max(1, threads)) as pool:
         digests = pool.map(lambda record: content_digest(images / record.path), doubtful)

@@ -31,9 +31,11 @@ class Vae(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
+        self.count = 0
         self.encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 8, 8), torch.nn.Conv2d(32, 8, 3, padding=1))
 
     def encode(self, x):
+        self.count += len(x)
         mean, std = self.encoder(x).chunk(2, 1)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=std.abs()))
 
@@ -42,7 +44,7 @@ def build(images, folder, workers=0):
     torch.set_num_threads(1)
     vae = Vae().eval()
     recipe = Recipe(vae_fingerprint(vae), 64, "centre_crop", True)
-    return build_cache(
+    report = build_cache(
         Path(images),
         Path(folder),
         vae,
@@ -52,6 +54,7 @@ def build(images, folder, workers=0):
         workers=workers,
         progress=False,
     )
+    print(f"{report}\nencoded here: {vae.count}\n", end="", flush=True)
 
 
 def content(folder):
@@ -145,11 +148,11 @@ def kill(images, before, folders):
         check_whole(folder, allowed)
         build(images, folder)
         assert content(folder) == expected, f"killed at {point!r} {number}: {sorted(content(folder))}"
-    print(f"{kills} random kills, {len(points)} at chosen points, {finished} finished, unbroken {whole:.2f} s")
+    print(f"kills: {kills} random, {len(points)} at chosen points, {finished} finished, unbroken {whole:.2f} s")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "build":
-        print(build(*sys.argv[2:4]))
+        build(*sys.argv[2:4])
     else:
         kill(sys.argv[2], sys.argv[3], sys.argv[4:])
