@@ -103,7 +103,7 @@ def uniform_means(null_text: Tensor, unet: nn.Module, names: Iterable[str]) -> d
 def attention_means(unet: nn.Module, names: Iterable[str], runs: Iterable[Callable[[], object]]) -> dict[str, Tensor]:
     """Null-text features as the mean of the real cross-attention output.
 
-        F_null = mean over runs, batch and pixels of attn2(norm2(x), e_null)
+        F_null = mean over all samples of all runs, and their pixels, of attn2(norm2(x), e_null)
 
     Args:
         unet: the UNet the runs evaluate.
@@ -116,7 +116,7 @@ def attention_means(unet: nn.Module, names: Iterable[str], runs: Iterable[Callab
     means: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: means[name].append(output.float().mean(dim=(0, 1)))
+        return lambda module, args, output: means[name].append(output.float().mean(dim=1))
 
     hooks = [unet.get_submodule(f"{name}.attn2").register_forward_hook(keep(name)) for name in means]
     try:
@@ -128,7 +128,7 @@ def attention_means(unet: nn.Module, names: Iterable[str], runs: Iterable[Callab
     unreached = [name for name, found in means.items() if not found]
     if unreached:
         raise RuntimeError(f"no run reached the cross-attention of {unreached}")
-    return {name: torch.stack(found).mean(dim=0) for name, found in means.items()}
+    return {name: torch.cat(found).mean(dim=0) for name, found in means.items()}
 
 
 def replace_cross_attention(unet: nn.Module, features: Mapping[str, Tensor]) -> None:
