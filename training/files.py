@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from ..gcfg.errors import GuidanceError
@@ -21,24 +22,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises: GuidanceError: if the disk is full or the folder cannot be written.
     """
     with _unfinished(path) as beside:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
+        yield beside / path.name  # in a folder, so that a library's own temporary files go with it
+        _settle(beside)
+        (beside / path.name).replace(path)
         _sync(path.parent)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder to write into; it becomes `path`, which must not exist, with all its files synced.
+    """Give a new folder to write files into; it becomes `path`, which must not exist, with all of them synced.
 
     Raises: GuidanceError: if the disk is full or the folder cannot be written.
     """
     with _unfinished(path) as beside:
-        beside.mkdir()
         yield beside
-        for file in beside.iterdir():
-            _sync(file)
-        _sync(beside)
+        _settle(beside)
         beside.replace(path)
         _sync(path.parent)
 
@@ -61,18 +59,27 @@ def _unfinished(path: Path) -> Iterator[Path]:
     beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(beside)
+        for left in path.parent.glob(f"{UNFINISHED}*-{escape(path.name)}"):  # by a killed process
+            _remove(left)
+        beside.mkdir()
         yield beside
     except Exception as error:
-        _remove(beside)
         if reason := _disk_trouble(error):
             raise GuidanceError(
                 f"{str(path)!r} cannot be written: {reason}; what was there before is untouched."
             ) from error
         raise
-    except BaseException:
+    finally:
         _remove(beside)
-        raise
+
+
+def _settle(folder: Path) -> None:
+    """Put the files on the disk, readable by whom new files are: some libraries leave them to their owner alone."""
+    rights = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        file.chmod(rights)
+        _sync(file)
+    _sync(folder)
 
 
 def _beside(path: Path) -> Path:

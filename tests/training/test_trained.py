@@ -8,7 +8,7 @@ import torch
 from comfyui_gcfg.gcfg.concept_file import describe, features
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
-from comfyui_gcfg.training import checkpoints, files, learner
+from comfyui_gcfg.training import checkpoints, learner
 from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.config import load_config
 from comfyui_gcfg.training.run import train
@@ -176,13 +176,3 @@ def test_too_many_bad_steps_stop_the_run(config_file, tmp_path, monkeypatch):
         (2, 2, None),
         (3, 3, None),
     ]
-
-
-def test_a_folder_being_discarded_never_stands_half_under_its_name(tmp_path, monkeypatch):
-    folder = tmp_path / "step-1"
-    folder.mkdir()
-    seen = []
-    monkeypatch.setattr(files, "_remove", lambda path: seen.append((path.name, folder.exists())))
-    files.discard(folder)
-    assert seen[0][0].startswith(files.UNFINISHED)
-    assert seen == [(seen[0][0], False)]
