@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..gcfg.errors import GuidanceError
@@ -134,7 +134,7 @@ def write_shard(
     }
     rows = torch.tensor([*geometry], dtype=torch.int32).reshape(-1, 4)
     with whole_file(path) as beside:
-        save_file({**tensors, "geometry": rows}, beside, {KEY: json.dumps(about)})
+        beside.write_bytes(save({**tensors, "geometry": rows}, {KEY: json.dumps(about)}))
 
 
 def read_shard(path: Path) -> Shard:
