@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..training.concept import Conditions, null_text_features, predict, to_null_text
-from ..training.prior import open_prior
+from ..training.prior.model import open_prior
 
 # Dense bf16 with fp32 accumulation, in TFLOP/s, by the makers' data sheets; the first name found counts.
 PEAK_TFLOPS = {

@@ -95,7 +95,7 @@ def _job(
     small: bool, size: int, batch: int, steps: int, ema: bool, threads: int, cpu: bool, cpu_time: bool, cache: Path
 ) -> Job:
     """Make the files, and return the job of our loop."""
-    from ..training.prior import open_prior
+    from ..training.prior.model import open_prior
     from .training_files import FULL, SMALL, make_checkpoint, make_latents
     from .training_loops import Job
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..demo.models import save_checkpoint, unet_state_dict
-from ..training.cache_plan import Plan, file_state, list_images, plan_cache
-from ..training.images import Geometry
-from ..training.shards import Recipe, Record, shard_name, vae_fingerprint, write_shard
+from ..training.data.cache_plan import Plan, file_state, list_images, plan_cache
+from ..training.data.images import Geometry
+from ..training.data.shards import Recipe, Record, shard_name, vae_fingerprint, write_shard
 
 SHARD_SIZE = 512  # the trainer's default
 CACHED = 1024  # images in the cache that is trained on

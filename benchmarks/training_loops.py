@@ -14,14 +14,14 @@ from typing import Literal
 
 import torch
 
-from ..training.cache import build_cache
 from ..training.config import Config
+from ..training.data.cache import build_cache
+from ..training.data.shards import Recipe, vae_fingerprint
 from ..training.dry_run import peak_memory
 from ..training.material import read_material
 from ..training.monitor import Monitor
-from ..training.prior import open_prior
+from ..training.prior.model import open_prior
 from ..training.run import new_accelerator, new_learner, take_step
-from ..training.shards import Recipe, vae_fingerprint
 from .timing import Clock
 from .training_files import FULL, SMALL, Layout, make_images
 from .training_peer import PeerSettings, make_peer

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..training.objective import STABLE_DIFFUSION, TIMESTEPS
-from ..training.prior import open_prior
+from ..training.prior.model import open_prior
 from .training_files import Layout
 
 TOKENS, VOCABULARY = 77, 49408

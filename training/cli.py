@@ -69,7 +69,7 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
     with _one_sentence():
         settings = load_config(config, overrides or ())
-        from .encode_images import encode_images, told
+        from .data.encode_images import encode_images, told
         from .processes import join_processes
 
         report = encode_images(settings)
@@ -133,7 +133,7 @@ def validate_command(
 ) -> None:
     """Look at every image, or every cached latent, and tell what is wrong with it; nothing is changed."""
     with _one_sentence():
-        from .validate import validate
+        from .data.validate import validate
 
         report = validate(data, resolution)
     typer.echo("\n".join(report.lines))

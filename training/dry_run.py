@@ -15,15 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoints
-from .cache_plan import list_images
 from .concept import PIXELS
 from .config import Config
+from .data.cache_plan import list_images
+from .data.shards import find_shards
 from .learner import Learner
 from .material import Material, material_of, read_material, read_prior
+from .prior.vae import LATENT_CHANNELS
 from .run import new_accelerator, new_learner, take_step
-from .shards import find_shards
 from .trained import CHECKPOINTS
-from .vae_loader import LATENT_CHANNELS
 
 STEPS = 5
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..gcfg.concept_file import CONTEXT_DIM_KEY, Form, StateDict, describe, features, fold
 from ..gcfg.errors import GuidanceError
 from ..gcfg.unet_keys import diffusers_to_ldm
-from .architecture import Family
 from .files import whole_file
+from .prior.architecture import Family
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORM_KEY = "gcfg.form"  # in a file's metadata

@@ -12,9 +12,9 @@ import torch
 from ..gcfg.errors import GuidanceError
 from .concept import Conditions, Noised
 from .config import Config
+from .data.shards import Latents, Recipe, vae_fingerprint
 from .objective import Objective
-from .prior import Prior, open_prior
-from .shards import Latents, Recipe, vae_fingerprint
+from .prior.model import Prior, open_prior
 from .stream import CachedLatents, SampleStream
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from comfyui_gcfg.benchmarks.flops import peak_tflops, step_flops
 from comfyui_gcfg.benchmarks.training_files import SMALL, make_checkpoint, make_latents
 from comfyui_gcfg.benchmarks.training_peer import PeerSettings, make_peer
 from comfyui_gcfg.demo.errors import DemoError
-from comfyui_gcfg.training.prior import open_prior
+from comfyui_gcfg.training.prior.model import open_prior
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 from typer.testing import CliRunner

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from comfyui_gcfg.training.cache import build_cache
-from comfyui_gcfg.training.shards import Recipe, find_shards, vae_fingerprint
+from comfyui_gcfg.training.data.cache import build_cache
+from comfyui_gcfg.training.data.shards import Recipe, find_shards, vae_fingerprint
 
 SHARD_SIZE, BATCH_SIZE = 4, 3
 

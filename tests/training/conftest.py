@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.training.cli import main
 from comfyui_gcfg.training.config import load_config
-from comfyui_gcfg.training.encode_images import encode_images
+from comfyui_gcfg.training.data.encode_images import encode_images
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -148,7 +148,7 @@ def start():
     """Start the command in a process of its own, forked from one that has the libraries already."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["comfyui_gcfg.training.run", "comfyui_gcfg.training.encode_images"])
+    context.set_forkserver_preload(["comfyui_gcfg.training.run", "comfyui_gcfg.training.data.encode_images"])
 
     def begin(*arguments):
         process = context.Process(target=main, args=([str(each) for each in arguments],))

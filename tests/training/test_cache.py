@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training import decode, shards
-from comfyui_gcfg.training.cache import build_cache
-from comfyui_gcfg.training.cache_plan import list_images, plan_cache
-from comfyui_gcfg.training.shards import Latents, Recipe, find_shards, read_shard, vae_fingerprint
+from comfyui_gcfg.training.data import decode, shards
+from comfyui_gcfg.training.data.cache import build_cache
+from comfyui_gcfg.training.data.cache_plan import list_images, plan_cache
+from comfyui_gcfg.training.data.shards import Latents, Recipe, find_shards, read_shard, vae_fingerprint
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 

@@ -14,7 +14,7 @@ from comfyui_gcfg.training import export
 from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
 from comfyui_gcfg.training.export import export_unet, model_spec
 from comfyui_gcfg.training.inspect_file import inspect_file, report
-from comfyui_gcfg.training.prior import open_prior
+from comfyui_gcfg.training.prior.model import open_prior
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file

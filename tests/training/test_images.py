@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from comfyui_gcfg.training.images import BrokenImage, Geometry, find_images, fit_image, read_image
+from comfyui_gcfg.training.data.images import BrokenImage, Geometry, find_images, fit_image, read_image
 from PIL import Image
 from sklearn.datasets import load_sample_images
 

@@ -12,10 +12,10 @@ from comfyui_gcfg.demo import layouts
 from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
-from comfyui_gcfg.training.fingerprint import fingerprint
-from comfyui_gcfg.training.prior import open_prior
-from comfyui_gcfg.training.text_encoder import clip_config, encode_prompt, open_clip_config
-from comfyui_gcfg.training.vae_loader import load_vae
+from comfyui_gcfg.training.prior.fingerprint import fingerprint
+from comfyui_gcfg.training.prior.model import open_prior
+from comfyui_gcfg.training.prior.text_encoder import clip_config, encode_prompt, open_clip_config
+from comfyui_gcfg.training.prior.vae import load_vae
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
-from comfyui_gcfg.training.architecture import family_of, pooled_width, unet_config
+from comfyui_gcfg.training.prior.architecture import family_of, pooled_width, unet_config
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.images import Geometry
-from comfyui_gcfg.training.shards import INCOMPLETE, Recipe, Record, shard_name, write_shard
-from comfyui_gcfg.training.validate import SHOWN, validate
+from comfyui_gcfg.training.data.images import Geometry
+from comfyui_gcfg.training.data.shards import INCOMPLETE, Recipe, Record, shard_name, write_shard
+from comfyui_gcfg.training.data.validate import SHOWN, validate
 from PIL import Image
 
 RECIPE = Recipe("ab" * 32, 64, "resize", True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import LazyStateDict, read_header
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Config, Family, Shapes
 from .components import TEXT_WEIGHTS, read_json, weight_files
 

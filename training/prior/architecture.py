@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.unet_keys import diffusers_to_ldm
+from ...gcfg.errors import GuidanceError
+from ...gcfg.unet_keys import diffusers_to_ldm
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

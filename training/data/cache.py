@@ -24,12 +24,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
+from ..files import remove_unfinished, whole_file
+from ..processes import join_processes
 from .cache_plan import Job, Plan, list_images, plan_cache, shares
 from .decode import decoded_batches
-from .files import remove_unfinished, whole_file
 from .images import Geometry
-from .processes import join_processes
 from .shards import INCOMPLETE, Recipe, Record, find_shards, read_shard, write_shard
 
 QUARANTINE = "quarantine.txt"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 from .images import find_images
 from .shards import Recipe, Record, Shard, find_shards, read_shard, shard_name
 

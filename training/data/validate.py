@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 from .images import BrokenImage, find_images, is_image_name, open_image, to_rgb, walk_files
 from .shards import INCOMPLETE, Shard, find_shards, read_shard, recipe_difference
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import LazyStateDict, read_header
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Config, Family, Shapes
 from .components import UNET_WEIGHTS, component, weight_files
 

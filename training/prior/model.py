@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import LazyStateDict, read_header
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Family, family_of, pooled_width
 from .components import read_json
 from .text_encoder import TextEmbedding, encode_prompt
-from .unet_loader import UNetSource, find_unet, load_unet
-from .vae_loader import load_vae
+from .unet import UNetSource, find_unet, load_unet
+from .vae import load_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

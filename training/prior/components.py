@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import PICKLE_SUFFIXES, conversion, read_header
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import PICKLE_SUFFIXES, conversion, read_header
 
 UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..gcfg.concept_file import describe
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import LazyStateDict, read_header
-from ..gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
+from ...gcfg.concept_file import describe
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import LazyStateDict, read_header
+from ...gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
 from .architecture import Config, refuse_mismatch, refuse_unsuitable, unet_config
 from .components import UNET_WEIGHTS, component, read_json, weight_files
 from .fingerprint import fingerprint

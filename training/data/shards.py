@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..gcfg.errors import GuidanceError
-from ..gcfg.safetensors_file import read_header
-from .files import whole_file
+from ...gcfg.errors import GuidanceError
+from ...gcfg.safetensors_file import read_header
+from ..files import whole_file
 from .images import Fit, Geometry
 
 VERSION = 1
