@@ -104,9 +104,9 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot sync a folder
+    if os.name == "nt" and path.is_dir():  # Windows cannot sync a folder, nor a file that is open to read only
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
