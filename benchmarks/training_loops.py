@@ -129,7 +129,7 @@ def ours(job: Job, folder: Path) -> Report:
             beside.append((timing.data_seconds + reported) / (timing.seconds + reported))
             losses.append(result.loss)
     monitor.close()
-    return Report(seconds, peak_memory(), beside, losses)
+    return Report(seconds, _peak_bytes(), beside, losses)
 
 
 def theirs(job: Job, folder: Path) -> Report:
@@ -142,7 +142,7 @@ def theirs(job: Job, folder: Path) -> Report:
     seconds, losses = [], []
     for _ in range(job.steps):
         seconds.append(clock.time(lambda: losses.append(step())))
-    return Report(seconds, peak_memory(), losses=losses)
+    return Report(seconds, _peak_bytes(), losses=losses)
 
 
 def caching(job: Job, folder: Path) -> Report:
@@ -156,7 +156,7 @@ def caching(job: Job, folder: Path) -> Report:
         images = make_images(folder / f"{name}-images", count, job.size)
         report = build_cache(images, folder / name, vae, recipe, batch_size=job.batch, workers=0, progress=False)
         rates.append(report.images_per_second)
-    return Report([1 / rates[-1]], peak_memory())
+    return Report([1 / rates[-1]], _peak_bytes())
 
 
 LOOPS: dict[Name, Callable[[Job, Path], Report]] = {
@@ -179,6 +179,15 @@ def main() -> None:
 def caching_job(job: Job, images: int) -> Job:
     """Return the caching beside a training job."""
     return replace(job, loop="caching", size=64 if job.small else CACHING_SIZE, batch=1, steps=images)
+
+
+def _peak_bytes() -> int:
+    """Return the most memory ever in use: of the GPU if there is one, else of this process."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        # getrusage would count what the parent held when it started this process.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return peak_memory()
 
 
 if __name__ == "__main__":
