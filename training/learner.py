@@ -39,7 +39,7 @@ class StepResult:
 
 
 class Learner:
-    """The UNet in training. All processes hold the same one, and change it alike."""
+    """The UNet in training. All processes hold the same one, and change it alike; the main one keeps its average."""
 
     def __init__(
         self, unet: nn.Module, objective: Objective, predict: Predict, config: TrainConfig, accelerator: Accelerator
@@ -52,8 +52,9 @@ class Learner:
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self._optimizer = _optimizer(self.parameters, config, accelerator.device)
-        # foreach would hold a second copy of all weights for a moment.
-        self._ema = EMAModel(self.parameters, config.ema_decay, foreach=False) if config.ema_decay else None
+        # The main process alone samples and saves. foreach would hold a second copy of all weights for a moment.
+        averages = config.ema_decay > 0 and accelerator.is_main_process
+        self._ema = EMAModel(self.parameters, config.ema_decay, foreach=False) if averages else None
         if config.compile:
             unet.compile()
         self._model = accelerator.prepare_model(unet)
