@@ -51,7 +51,9 @@ def training(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images of a step; 2, or 8 on a GPU.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Both keep an average of the weights (3.4 GB in fp32).")] = False,
-    images: Annotated[int, typer.Option(min=1, help="Images that are encoded for the cache.")] = 3,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images that are encoded for the cache; 3, or 64 on a GPU.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with on the CPU.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     peak: Annotated[
@@ -81,7 +83,7 @@ def training(
         *_against_peer(rounds, job),
         *_beside_the_step(rounds),
         *_utilisation(rounds, job, cpu, peak),
-        *_caching(job, images, environment),
+        *_caching(job, images or (3 if cpu else 64), environment),
         _resuming(repeats),
     ]
     setting = _setting(job, cpu) | {"load": load, "repeats": repeats, "seconds": round(time.monotonic() - started)}
@@ -166,7 +168,9 @@ def _caching(job: Job, images: int, environment: dict[str, str]) -> Iterator[Fig
     caching = caching_job(job, images)
     report = run(caching, environment)
     text = f"gcfg cache, {caching.size} x {caching.size}, without flips"
-    yield Figure("caching", text, 1 / report.seconds[0], "images/s", note=f"{images} images, fp32, one at a time")
+    yield Figure(
+        "caching", text, 1 / report.seconds[0], "images/s", note=f"{images} images, fp32, {caching.batch} at a time"
+    )
     yield Figure("caching_memory", "its peak memory", report.peak_bytes / 1e6, "MB")
 
 
