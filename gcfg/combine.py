@@ -90,7 +90,8 @@ def _pivot(
             f"combine: base is None, expected a prediction because its coefficient is not 0 everywhere "
             f"(the unmasked weights sum to {total_weight(terms):g}); evaluate the unconditional model."
         )
-    lowest = min(range(len(pairs)), key=lambda i: terms[i].weight)
+    # Of equal weights the later one, which is the negative prompt where users write one.
+    lowest = min(range(len(pairs)), key=lambda i: (terms[i].weight, -i))
     return predictions[lowest], pairs[:lowest] + pairs[lowest + 1 :]
 
 

@@ -7,7 +7,7 @@ import torch
 from comfyui_gcfg.gcfg.combine import ShapeError, combine, effective_cond
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import ActiveTerm
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 
@@ -49,6 +49,7 @@ def test_is_eq_3(weights, seed, with_mask):
 
 @settings(max_examples=25, deadline=None)
 @given(weight, st.integers(0, 2**16))
+@example(0.5, 0)
 def test_without_base_is_stock_guidance(w, seed):
     """Eq. 7 in the very operations of stock guidance, hence to the last bit."""
     positive, negative = draw(2, seed)
