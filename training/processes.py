@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
+
+from ..gcfg.errors import GuidanceError
 
 # Hashing a data set, drawing samples and saving may take the main process longer than the usual ten minutes.
 PATIENCE = timedelta(days=7)
@@ -24,6 +30,30 @@ def join_processes() -> PartialState:
         atexit.unregister(_leave_processes)
         atexit.register(_leave_processes)  # torch's threads abort a process that exits without it
     return state
+
+
+@contextmanager
+def alone_in(folder: Path, source: str) -> Iterator[None]:
+    """Keep other runs out of a folder within the `with` block; the system opens it again when the process dies.
+
+    Raises: GuidanceError: if another run is at work there; `source` names the setting.
+    """
+    if not PartialState().is_main_process:  # the main process holds the folder for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise GuidanceError(
+            f"{source} {str(folder)!r} is in use by another gcfg command, expected to be the only one; wait for it, "
+            "or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _leave_processes() -> None:

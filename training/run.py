@@ -20,7 +20,7 @@ from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
 from .monitor import Monitor, Silent, Timing
-from .processes import join_processes, only_cpu
+from .processes import alone_in, join_processes, only_cpu
 from .samples import write_samples
 from .signals import StopRequest
 from .stream import shares
@@ -64,20 +64,30 @@ def train(config: Config) -> Outcome:
     Raises: GuidanceError: one sentence; what was saved before stays.
     """
     accelerator = new_accelerator(config)
-    folder = Path(config.output.folder)
     material = read_material(config)
-    found = checkpoints.newest(folder / CHECKPOINTS)
-    _check_same_run(found, material, config, accelerator)
-    learner = new_learner(config, material, accelerator, fresh=found is None)
-    progress = _take_up(found, learner) if found else Progress()
-    accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
-    if accelerator.is_main_process:
-        checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
-        if found:
-            print(f"Going on after step {progress.step} of {config.train.steps}.", flush=True)
+    folder = Path(config.output.folder)
+    with alone_in(folder, "output.folder"):
+        found = checkpoints.newest(folder / CHECKPOINTS)
+        _check_same_run(found, material, config, accelerator)
+        learner = new_learner(config, material, accelerator, fresh=found is None)
+        start = _take_up(found, learner) if found else Progress()
+        accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
+        if accelerator.is_main_process:
+            checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
+            if found:
+                print(f"Going on after step {start.step} of {config.train.steps}.", flush=True)
+        step, signal = _loop(config, material, learner, accelerator, start)
+        if step < config.train.steps:
+            return Outcome(step, signal)
+        return Outcome(step, exported=export_run(folder) if accelerator.is_main_process else None)
+
+
+def _loop(
+    config: Config, material: Material, learner: Learner, accelerator: Accelerator, progress: Progress
+) -> tuple[int, int]:
+    """Take the steps that are left; return the last one, and the signal that stopped the loop, or 0."""
     monitor: Any = Monitor(config, progress.step) if accelerator.is_main_process else Silent()
-    saved = progress.step if found else None
-    signal = 0
+    saved, signal = progress.step, 0
     try:
         with StopRequest() as stop:
             while progress.step < config.train.steps and not signal:
@@ -95,11 +105,7 @@ def train(config: Config) -> Outcome:
                 _save(config, material, learner, progress, accelerator)
     finally:
         monitor.close()
-    if progress.step < config.train.steps:
-        return Outcome(progress.step, signal)
-    if not accelerator.is_main_process:
-        return Outcome(progress.step)
-    return Outcome(progress.step, exported=export_run(folder))
+    return progress.step, signal
 
 
 def new_accelerator(config: Config) -> Accelerator:

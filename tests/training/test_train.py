@@ -112,6 +112,20 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(config_fi
     assert_equal_runs(tmp_path, unbroken)
 
 
+def test_two_commands_do_not_share_a_folder(config_file, tmp_path, start):
+    config = config_file(train={"steps": 1000})
+    first = start("train", config)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(GuidanceError, match=r"output\.folder .*run' is in use by another gcfg command"):
+            train(load_config(config))
+    finally:
+        first.kill()
+        first.join()
+    train(load_config(config_file(train={"steps": 1})))  # the dead one's lock is gone
+
+
 def test_another_seed_is_another_run(config_file, tmp_path, unbroken):
     """The equalities above would hold as well if nothing of the state counted."""
     train(load_config(config_file(train={"steps": 2, "seed": 1})))

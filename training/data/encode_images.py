@@ -7,7 +7,7 @@ from pathlib import Path
 from ...gcfg.errors import GuidanceError
 from ..config import Config
 from ..material import read_prior, read_vae, recipe
-from ..processes import join_processes
+from ..processes import alone_in, join_processes
 from .cache import QUARANTINE, CacheReport, build_cache
 
 
@@ -20,15 +20,18 @@ def encode_images(config: Config) -> CacheReport:
     if not data.images:
         raise GuidanceError("data.images is not set, expected a folder of images; set it.")
     vae = read_vae(read_prior(config), config)
-    return build_cache(
-        Path(data.images),
-        Path(data.cache),
-        vae.to(join_processes().device),
-        recipe(vae, config),
-        shard_size=data.shard_size,
-        batch_size=data.encode_batch_size,
-        workers=data.workers,
-    )
+    cache = Path(data.cache)
+    device = join_processes().device
+    with alone_in(cache, "data.cache"):
+        return build_cache(
+            Path(data.images),
+            cache,
+            vae.to(device),
+            recipe(vae, config),
+            shard_size=data.shard_size,
+            batch_size=data.encode_batch_size,
+            workers=data.workers,
+        )
 
 
 def told(report: CacheReport, config: Config) -> str:
