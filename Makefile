@@ -2,7 +2,7 @@
 # make demo     start a real ComfyUI and run the shared workflows; images go to output/
 # make test     run the tests
 # make check    lint, format and type checks
-# make bench    measure the pack against the stock nodes; docs/benchmarks.md says what
+# make bench    measure the pack against the stock nodes (ARGS=training: the trainer); docs/benchmarks.md says what
 # make clean    remove .venv and the caches
 #
 # COMFYUI_PATH=DIR    use the ComfyUI in DIR, not the pip-packaged one (demo, test)
@@ -10,7 +10,7 @@
 # PYTHON=FILE         run in this interpreter's environment as it is, not in .venv (pip install -e '.[dev,train]' there)
 # BASE_PYTHON=FILE    make .venv from this Python (3.10 to 3.12)
 # TORCH="torch==X torchvision==Y"    another pair for a new .venv
-# ARGS="-k words"     further arguments for pytest, or for the benchmark (ARGS=--small)
+# ARGS="-k words"     further arguments for pytest, or for the benchmark (ARGS=--small; ARGS="training --small")
 # The README gives the same as plain commands.
 
 .DEFAULT_GOAL := venv
