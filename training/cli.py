@@ -13,7 +13,8 @@ from ..gcfg.errors import GuidanceError
 try:
     import typer
 
-    from .config import fields, load_config
+    from .config import fields
+    from .config_file import load_config
 except ModuleNotFoundError as error:  # the nodes do not need them, so the plain install leaves them out
     raise SystemExit(
         f"gcfg needs {error.name}, which was not found; install it with: pip install 'comfyui_gcfg[train]'"

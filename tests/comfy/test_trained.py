@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from comfyui_gcfg.demo.files import PRIOR
 from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.material import read_material
 from comfyui_gcfg.training.trained import find_checkpoint
 from diffusers import AutoencoderKL

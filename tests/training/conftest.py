@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.training.cli import main
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.encode_images import encode_images
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image

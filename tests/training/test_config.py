@@ -3,7 +3,8 @@
 import pytest
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.training.cli import app
-from comfyui_gcfg.training.config import changed_on_resume, fields, load_config
+from comfyui_gcfg.training.config import changed_on_resume, fields
+from comfyui_gcfg.training.config_file import load_config
 from typer.testing import CliRunner
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.encode_images import encode_images
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.run import train

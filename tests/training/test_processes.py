@@ -12,7 +12,7 @@ import time
 import pytest
 from accelerate import Accelerator
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.run import train
 
 

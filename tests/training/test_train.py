@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.run import train
 from PIL import Image
 from safetensors.torch import load_file

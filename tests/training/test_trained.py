@@ -10,7 +10,7 @@ from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.training import checkpoints, learner
 from comfyui_gcfg.training.cli import app
-from comfyui_gcfg.training.config import load_config
+from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.run import train
 from comfyui_gcfg.training.stream import SampleStream

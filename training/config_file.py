@@ -1,0 +1,116 @@
+"""A run's TOML file, read over its preset and under --set, or one sentence on what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from ..gcfg.errors import GuidanceError
+from .config import Config, ModelConfig, NullTextMode, fields
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, over its preset and under the `--set` options.
+
+    What comes last wins: the schema's defaults, the preset, the file, the options.
+    Relative paths in the file are relative to the file's folder, and come back absolute.
+
+    Raises: GuidanceError: one sentence, naming the key, what was expected and the nearest known key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuidanceError(f"{str(path)!r} cannot be read ({error}), expected a TOML config file.") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GuidanceError(f"{str(path)!r} is not valid TOML: {error}; correct that line.") from error
+    for option in overrides:
+        _override(values, option)
+    preset = values.get("preset", "")
+    if preset in PRESETS:
+        known = tomllib.loads((Path(__file__).parent / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
+        values = _merged(known, values)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise GuidanceError(_sentence(error, str(path))) from error
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+_PATHS = {
+    "model": ("checkpoint", "vae", "text_encoder", "tokenizer"),
+    "data": ("images", "cache"),
+    "output": ("folder",),
+}
+
+
+def _with_absolute_paths(config: Config, folder: Path) -> Config:
+    changes: dict[str, Any] = {}
+    for section, keys in _PATHS.items():
+        part = getattr(config, section)
+        found = {key: str(folder / Path(value).expanduser()) for key in keys if (value := getattr(part, key))}
+        changes[section] = part.model_copy(update=found)
+    model: ModelConfig = changes["model"]
+    if model.null_text not in get_args(NullTextMode):
+        changes["model"] = model.model_copy(update={"null_text": str(folder / Path(model.null_text).expanduser())})
+    return config.model_copy(update=changes)
+
+
+def _override(values: dict[str, Any], option: str) -> None:
+    key, equals, text = option.partition("=")
+    if not equals:
+        raise GuidanceError(f"--set {option!r} has no '=', expected key=value, for example train.steps=2000.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word or path needs no quotes
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise GuidanceError(f"--set {option!r}: {section!r} is no section{_nearest(key.strip())}.")
+    values[last] = value
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    """Say the first thing that is wrong, in the words of the config file."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    rest = len(error.errors()) - 1
+    more = f" ({rest} more {'problem' if rest == 1 else 'problems'} after it)" if rest else ""
+    if first["type"] == "extra_forbidden":
+        return f"{source!r}: {key!r} is no known setting{_nearest(key)}{more}; `gcfg train --help` lists them all."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{source!r}: {message}{more}."
+    return f"{source!r}: {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}{more}."
+
+
+def _nearest(key: str) -> str:
+    names = [name for name, *_ in fields()] + list(Config.model_fields)
+    # A right word in the wrong section, or without one, is as common as a typo.
+    by_last = {name.rsplit(".", 1)[-1]: name for name in names}
+    close = difflib.get_close_matches(key, names, 1, 0.75)
+    close = close or [by_last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, 1, 0.6)]
+    return f" (did you mean {close[0]!r}?)" if close else ""
