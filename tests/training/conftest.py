@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
+from multiprocessing.forkserver import ensure_running
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from transformers import CLIPTextConfig, CLIPTextModel
 
 RESOLUTION = 32
-
-os.environ["TQDM_DISABLE"] = "1"
+# For the processes that tests start.
+QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -146,9 +146,11 @@ def _new_processes():
 @pytest.fixture(scope="session")
 def start():
     """Start the command in a process of its own, forked from one that has the libraries already."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["comfyui_gcfg.training.run", "comfyui_gcfg.training.data.encode_images"])
+
+    with mock.patch.dict(os.environ, QUIET):
+        ensure_running()
 
     def begin(*arguments):
         process = context.Process(target=main, args=([str(each) for each in arguments],))
@@ -156,21 +158,3 @@ def start():
         return process
 
     return begin
-
-
-@pytest.fixture(scope="session")
-def gcfg():
-    """Run the installed command, offline and on one thread."""
-
-    def run(*arguments, check=True, **more):
-        done = subprocess.run(
-            [sys.executable, "-m", "comfyui_gcfg.training", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            **more,
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
-    return run

@@ -14,8 +14,6 @@ from comfyui_gcfg.training.prior.architecture import unet_config
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-torch.set_num_threads(1)
-
 SD1 = {
     "block_out_channels": [32, 64],
     "layers_per_block": 1,

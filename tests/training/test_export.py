@@ -19,8 +19,6 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)
-
 LAYOUTS = {
     "sd1": {"cross_attention_dim": 40, "attention_head_dim": 8},
     "sd2": {"cross_attention_dim": 40, "attention_head_dim": [1, 1], "use_linear_projection": True},

@@ -20,8 +20,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-torch.set_num_threads(1)
-
 PROMPTS = ["", "a photo of a Tabby cat, café!"]
 FAMILIES = ["sd1", "sd2", "sdxl"]
 LAYOUTS = {
