@@ -161,15 +161,12 @@ def take_step(
     config: Config, material: Material, learner: Learner, accelerator: Accelerator, step: int
 ) -> tuple[StepResult, Timing]:
     """Take one step on this process's share of the batch, and time it."""
-    began = time.perf_counter()
-    positions = shares(
-        step,
-        config.train.batch_size,
-        config.train.micro_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
+    train, rank, processes = config.train, accelerator.process_index, accelerator.num_processes
+    now, following = (
+        shares(each, train.batch_size, train.micro_batch_size, rank, processes) for each in (step, step + 1)
     )
-    batches = [material.stream.batch(each) for each in positions]
+    began = time.perf_counter()
+    batches = material.stream.batches(now, following)
     data_seconds = time.perf_counter() - began
     result = learner.step(step, batches)  # it waits for its loss, so the clock tells the truth on a GPU too
     return result, Timing(time.perf_counter() - began, data_seconds)

@@ -7,6 +7,7 @@ processes and another micro batch see the same samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +65,17 @@ class SampleStream:
         self._seed = seed
         self._scaling_factor = scaling_factor
         self._noise_offset = noise_offset
+        self._maker = ThreadPoolExecutor(1, "samples")
+        self._coming: tuple[list[range], Future[list[Batch]]] | None = None
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def batches(self, parts: list[range], following: list[range]) -> list[Batch]:
+        """Return one batch for each part; those of `following` are made in a thread meanwhile, for the next call."""
+        coming = self._coming
+        ready = coming[1] if coming and coming[0] == parts else self._maker.submit(self._make, parts)
+        made = ready.result()
+        self._coming = (following, self._maker.submit(self._make, following))
+        return made
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Return the samples at these positions."""
@@ -77,6 +88,9 @@ class SampleStream:
         if self._order[0] != epoch:
             self._order = (epoch, self._random(_EPOCHS + epoch).permutation(len(self._latents)))
         return int(self._order[1][place])
+
+    def _make(self, parts: list[range]) -> list[Batch]:
+        return [self.batch(part) for part in parts]
 
     def _sample(self, position: int) -> tuple[Tensor, Tensor, float, tuple[int, int, int, int]]:
         random = self._random(position)

@@ -1,5 +1,8 @@
 """The sample stream: a pure function of seed and position, and random in every direction."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +94,28 @@ def test_the_shares_of_all_processes_are_the_batch(processes, micro):
     assert sorted(position for share in taken for part in share for position in part) == list(range(36, 48))
     assert len({len(share) for share in taken}) == 1  # gradients travel as often in each process
     assert max(len(part) for share in taken for part in share) == (micro or 12 // processes)
+
+
+def test_batches_made_ahead_are_those_that_are_asked_for():
+    plain, ahead = (SampleStream(Counted(std=1.0), 0, 1.0) for _ in range(2))
+    steps = [shares(step, 6, 2, 0, 1) for step in (0, 1, 2, 7, 0)]  # also others than were announced
+    for parts, following in zip(steps, [*steps[1:3], shares(3, 6, 2, 0, 1), *steps[:2]], strict=True):
+        for batch, part in zip(ahead.batches(parts, following), parts, strict=True):
+            assert torch.equal(batch.x0, plain.batch(part).x0)
+            assert torch.equal(batch.noise, plain.batch(part).noise)
+
+
+def test_the_next_batches_are_made_while_the_step_computes():
+    asked = []
+
+    class Noted(Counted):
+        def __getitem__(self, key):
+            asked.append(threading.current_thread() is threading.main_thread())
+            return super().__getitem__(key)
+
+    stream = SampleStream(Noted(), 0, 1.0)
+    stream.batches([range(2)], [range(2, 4)])
+    deadline = time.monotonic() + 30
+    while len(asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert asked == [False] * 4
