@@ -88,7 +88,7 @@ def train_command(
 ) -> None:
     """Train a concept UNet from cached latents, or go on with the run where it stopped.
 
-    On several GPUs: `accelerate launch --no_python gcfg train CONFIG`, or torchrun with --no-python.
+    On several GPUs: `accelerate launch --multi_gpu --no_python gcfg train CONFIG`, or torchrun with --no-python.
     """
     with _one_sentence():
         settings = load_config(config, overrides or ())
@@ -111,7 +111,10 @@ def train_command(
 @app.command("export")
 def export_command(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output.folder, or one of its checkpoints.")],
-    output: Annotated[Path | None, typer.Option(help="The file to write; else the run's name, in its folder.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The file to write; else NAME.safetensors or NAME-compact.safetensors in the run's folder."),
+    ] = None,
     form: Annotated[
         Form, typer.Option(help="folded: every SD loader takes it; compact: smaller, for Load Concept UNet only.")
     ] = Form.folded,

@@ -48,20 +48,26 @@ def export_run(
 
     Args:
         source: a run's folder, of which the newest good checkpoint is taken, or one checkpoint's folder.
-        destination: the file; by default `output.name` in the run's folder.
+        destination: the file; by default `output.name`, a compact one's with "-compact" after it, in the run's folder.
         form: of a null-text model; one that reads text has only its ordinary form.
         weights: the average, or the last step's.
         dtype: of the file.
 
     Returns: the file's path.
-    Raises: GuidanceError: if there is no checkpoint, or it has no average.
+    Raises: GuidanceError: if there is no checkpoint, it has no average, or its model has no compact form.
     """
     found = find_checkpoint(source)
     about = found.manifest
     run = found.folder.parent.parent
     config = about["config"]
-    path = destination or run / f"{config['output']['name']}.safetensors"
     null_text = config["model"]["mode"] == "null_text"
+    if form == "compact" and not null_text:
+        raise GuidanceError(
+            f"{str(source)!r} is a run of mode 'prompt', whose UNet reads text, expected a null-text one for --form "
+            "compact; leave --form out."
+        )
+    name = config["output"]["name"] + ("-compact" if form == "compact" else "")
+    path = destination or run / f"{name}.safetensors"
     export_unet(
         _weights(found, weights),
         path,

@@ -14,6 +14,7 @@ from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.run import train
 from comfyui_gcfg.training.stream import SampleStream
+from comfyui_gcfg.training.trained import export_run
 from diffusers import DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -56,6 +57,13 @@ def test_both_forms_hold_the_same_constants(run, tmp_path):
     compact = export(run, "--dtype", "fp32", "--form", "compact", "--output", tmp_path / "compact.safetensors")
     assert (describe(folded).form, describe(compact).form) == ("folded", "compact")
     assert all(torch.equal(features(folded)[block], value) for block, value in features(compact).items())
+
+
+def test_a_compact_file_stands_beside_the_folded_one(run):
+    folded = (run / "concept.safetensors").read_bytes()
+    export(run, "--form", "compact")
+    assert describe(load_file(run / "concept-compact.safetensors")).form == "compact"
+    assert (run / "concept.safetensors").read_bytes() == folded
 
 
 def test_an_earlier_checkpoint_can_be_exported(run, tmp_path):
@@ -125,6 +133,8 @@ def test_the_prompt_mode_trains_a_whole_unet_on_its_prompt(
     before = {k: v.half() for k, v in diffusers_to_ldm(tiny_unet.state_dict()).items()}
     assert file.keys() == before.keys()
     assert all(not torch.equal(file[key], before[key]) for key in before if key.endswith("attn2.to_k.weight"))
+    with pytest.raises(GuidanceError, match=r"run of mode 'prompt', .* leave --form out"):
+        export_run(tmp_path / "run", form="compact")
 
 
 def test_the_prompt_mode_needs_a_tokenizer(config_file, tmp_path):
