@@ -58,7 +58,9 @@ def test_a_run_killed_at_ten_random_points_equals_the_unbroken_one(config_file, 
     log, checkpoints = tmp_path / "run" / "log.jsonl", tmp_path / "run" / "checkpoints"
     for kill in range(10):
         process = start("train", config)
-        steps = kill * 4 + rng.randint(0, 3)  # the kills are spread over the run, at random moments of a step
+        steps = kill * 3 + rng.randint(
+            0, 3
+        )  # spread over the run, with steps left after the last; random moments of a step
         while process.is_alive() and not (log.exists() and log.read_text().count("\n") > steps):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.1)
