@@ -18,7 +18,7 @@ from .prior.model import Prior, open_prior
 from .stream import CachedLatents, SampleStream
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from .prior.vae import Autoencoder
 
 PROBE_BATCH = 4
 
@@ -81,12 +81,12 @@ def read_prior(config: Config) -> Prior:
     return prior if config.model.prediction == "auto" else replace(prior, prediction=config.model.prediction)
 
 
-def read_vae(prior: Prior, config: Config) -> AutoencoderKL:
+def read_vae(prior: Prior, config: Config) -> Autoencoder:
     """Read the autoencoder, the checkpoint's own or `model.vae`."""
     return prior.load_vae(_path(config.model.vae))
 
 
-def recipe(vae: AutoencoderKL, config: Config) -> Recipe:
+def recipe(vae: Autoencoder, config: Config) -> Recipe:
     """Return what decides the latents of a config's images."""
     return Recipe(vae_fingerprint(vae), config.data.resolution, config.data.fit, config.data.flips)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from .files import whole_file
 from .learner import Learner
 from .material import Material, read_vae
 from .objective import STABLE_DIFFUSION, TIMESTEPS, Objective
+
+if TYPE_CHECKING:
+    from .prior.vae import Autoencoder
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> denoised
 
@@ -78,7 +82,7 @@ def starting_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+def decode(vae: Autoencoder, latents: Tensor) -> list[Image.Image]:
     """Return the pictures of latents in the UNet's scale, decoded one by one."""
     pictures = []
     for latent in latents / vae.config.scaling_factor:

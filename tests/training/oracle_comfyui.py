@@ -3,10 +3,11 @@
     python oracle_comfyui.py FOLDER [COMFYUI]
 
 Reads FOLDER/sd1.safetensors, sd2.safetensors and sdxl.safetensors and the prompts in FOLDER/prompts.json; writes
-expected.safetensors (text by family and prompt, the autoencoder's latent and picture), vae.safetensors (its weights in
-LDM keys) and tokenizer.txt (where its tokenizer is).
+expected.safetensors (text by family and prompt, the autoencoders' latents and pictures), vae.safetensors and
+taesd.safetensors (their weights in ComfyUI's keys) and tokenizer.txt (where its tokenizer is).
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -112,12 +113,34 @@ def autoencoder(folder):
     return {"picture": picture, "mean": moments[:, :4].contiguous(), "decoded": vae.decode(moments[:, :4])}
 
 
+def tiny_autoencoder(comfy, folder):
+    """What ComfyUI's VAE class makes of a TAESD: a latent, what the UNet sees of it, and the picture of it."""
+    taesd = importlib.import_module("comfy.taesd.taesd").TAESD()
+    torch.manual_seed(1)
+    for parameter in taesd.parameters():
+        parameter.data = torch.randn(parameter.shape) * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    taesd.vae_scale.data = torch.tensor(0.18215)
+    if hasattr(taesd, "vae_shift"):  # not in the oldest
+        taesd.vae_shift.data = torch.tensor(0.3)
+    weights = taesd.state_dict()
+    save_file(weights, folder / "taesd.safetensors")
+    vae = comfy.sd.VAE(sd=dict(weights))
+    picture = torch.rand(2, 3, 64, 64) * 2 - 1
+    latent = vae.encode(picture.movedim(1, -1) * 0.5 + 0.5)
+    return {
+        "taesd.picture": picture,
+        "taesd.latent": latent,
+        "taesd.seen": comfy.latent_formats.SD15().process_in(latent),
+        "taesd.decoded": vae.decode(latent).movedim(-1, 1) * 2 - 1,
+    }
+
+
 @torch.no_grad()
 def main(folder, tree=None):
     comfy = import_comfyui(Path(tree) if tree else None, cpu=True)
     torch.set_num_threads(1)
     prompts = json.loads((folder / "prompts.json").read_text())
-    found = texts(comfy, folder, prompts) | autoencoder(folder)
+    found = texts(comfy, folder, prompts) | autoencoder(folder) | tiny_autoencoder(comfy, folder)
     save_file({key: value.float().contiguous() for key, value in found.items()}, folder / "expected.safetensors")
     (folder / "tokenizer.txt").write_text(comfy.sd1_clip.SDTokenizer().tokenizer.name_or_path)
 

@@ -12,11 +12,12 @@ from comfyui_gcfg.demo import layouts
 from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.training.data.shards import vae_fingerprint
 from comfyui_gcfg.training.prior.fingerprint import fingerprint
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import clip_config, encode_prompt, open_clip_config
 from comfyui_gcfg.training.prior.vae import load_vae
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -601,17 +602,80 @@ def test_a_prompt_that_is_too_long(folder, comfyui):
     assert prior.encode_prompt("cat " * 75, None, tokenizer).tokens.shape == (1, 77, 128)
 
 
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_a_taesd_is_comfyuis(comfyui, folder, tmp_path, prefix):
+    work, expected = comfyui
+    path = tmp_path / "taesd.safetensors"
+    weights = load_file(work / "taesd.safetensors")
+    beside = {"cond_stage_model.x": torch.zeros(1)} if prefix else {}
+    save_file({f"{prefix}{key}": value for key, value in weights.items()} | beside, path)
+    vae = open_prior(folder / "sd1.safetensors").load_vae(path)
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert expected["taesd.latent"].std() > 0.05
+    encoded = vae.encode(expected["taesd.picture"]).latent_dist
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(encoded.mean, expected["taesd.latent"], **close)
+    torch.testing.assert_close(encoded.mean * vae.config.scaling_factor, expected["taesd.seen"], **close)
+    assert not encoded.std.any()
+    decoded = vae.decode(expected["taesd.latent"]).sample.clamp(-1, 1)
+    torch.testing.assert_close(decoded, expected["taesd.decoded"], **close)
+
+
+@pytest.fixture
+def taesd_file(tmp_path):
+    """Write a TAESD in ComfyUI's keys with one scale and shift, or without."""
+    weights = random({key: shape for key, shape in layouts.vae().items() if shape}, "")
+
+    def write(**scale):
+        path = tmp_path / f"taesd{len(list(tmp_path.iterdir()))}.safetensors"
+        save_file({**weights, **{key: torch.tensor(value) for key, value in scale.items()}}, path)
+        return path
+
+    return write
+
+
+def test_scale_and_shift_of_a_taesd(taesd_file):
+    """ComfyUI: latent = encoder / vae_scale + vae_shift; without them 1 and 0."""
+    plain, scaled = (load_vae(path, "sd1", "") for path in (taesd_file(), taesd_file(vae_scale=0.5, vae_shift=0.3)))
+    picture = torch.rand(1, 3, 32, 48) * 2 - 1
+    mean = plain.encode(picture).latent_dist.mean
+    assert mean.shape == (1, 4, 4, 6)
+    torch.testing.assert_close(scaled.encode(picture).latent_dist.mean, mean / 0.5 + 0.3)
+    torch.testing.assert_close(scaled.decode(mean / 0.5 + 0.3).sample, plain.decode(mean).sample)
+    assert vae_fingerprint(plain) != vae_fingerprint(scaled)  # so a cache of the one is none of the other
+    assert vae_fingerprint(load_vae(taesd_file(), "sd1", "")) == vae_fingerprint(plain)
+
+
+def test_a_folder_with_diffusers_taesd(folder, tmp_path):
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny().eval()
+    tiny.save_pretrained(tmp_path / "vae")
+    vae = open_prior(folder / "sd1.safetensors").load_vae(tmp_path)
+    picture = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = tiny.encode(picture).latents
+        assert torch.equal(vae.encode(picture).latent_dist.mean, latents)
+        assert torch.equal(vae.decode(latents).sample, tiny.decode(latents).sample)
+    assert vae.config.scaling_factor == 1
+
+
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({"taesd_encoder.0.weight": (1,)}, " holds a TAESD, a preview VAE; set model.vae to the full VAE"),
+        ({"taesd_decoder.1.weight": (1,)}, " holds half a TAESD: expected its encoder and decoder in one file"),
+        ({"encoder.layers.0.weight": (1,)}, " holds the weights of a diffusers AutoencoderTiny (TAESD) without its"),
+        (
+            {"taesd_encoder.0.weight": (64, 3, 3, 3), "taesd_decoder.1.weight": (64, 4, 3, 3)},
+            " holds a VAE of another kind, expected one of SD1.x, SD2.x or SDXL",
+        ),
         ({"a": (1,)}, " holds no VAE: expected 'encoder.conv_in.weight', bare or below 'first_stage_model.'; set"),
         (
             {"encoder.conv_in.weight": (32, 3, 3, 3), "decoder.conv_in.weight": (1, 4), "encoder.x": (1,)},
             " holds a VAE of another kind, expected one of SD1.x, SD2.x or SDXL",
         ),
     ],
-    ids=["TAESD", "none", "another"],
+    ids=["half a TAESD", "TAESD without config", "cut TAESD", "none", "another"],
 )
 def test_no_such_autoencoder(folder, tmp_path, weights, said):
     path = tmp_path / "vae.safetensors"

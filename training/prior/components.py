@@ -13,13 +13,13 @@ UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"
 
 
-def component(folder: Path, name: str, class_name: str, source: str) -> Path:
+def component(folder: Path, name: str, class_name: str | tuple[str, ...], source: str) -> Path:
     """Return the folder of a component, which may be `folder` itself.
 
     Args:
         folder: a diffusers folder.
         name: the component: "unet", "vae".
-        class_name: what its config.json must say.
+        class_name: what its config.json must say, one of them.
         source: start of every error: "model.checkpoint 'path'".
 
     Raises: GuidanceError: if it is not there or of another class.
@@ -30,8 +30,10 @@ def component(folder: Path, name: str, class_name: str, source: str) -> Path:
             f"{source} is a folder without '{name}/config.json', expected a diffusers folder or a .safetensors file."
         )
     found = read_json(place / "config.json", source).get("_class_name")
-    if found != class_name:
-        raise GuidanceError(f"{source} has a {name} of the class {found!r}, expected {class_name!r}.")
+    classes = (class_name,) if isinstance(class_name, str) else class_name
+    if found not in classes:
+        expected = " or ".join(map(repr, classes))
+        raise GuidanceError(f"{source} has a {name} of the class {found!r}, expected {expected}.")
     return place
 
 

@@ -18,7 +18,9 @@ from .unet import UNetSource, find_unet, load_unet
 from .vae import load_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
+
+    from .vae import Autoencoder
 
 Prediction = Literal["eps", "v", "flow"]
 
@@ -73,7 +75,7 @@ class Prior:
         """Read the UNet, in evaluation mode."""
         return load_unet(self.unet, dtype)
 
-    def load_vae(self, other: Path | None = None) -> AutoencoderKL:
+    def load_vae(self, other: Path | None = None) -> Autoencoder:
         """Read the autoencoder, the prior's own or the one at `other`, in evaluation mode, without gradients."""
         return load_vae(other or self.path, self.family, _source("vae", other, self.path))
 

@@ -1,4 +1,4 @@
-"""A prior's own text encoder, for as long as it takes to encode one prompt.
+"""A prior's own text encoder.
 
 SD1.x   CLIP-L, last layer, final norm
 SD2.x   OpenCLIP-H, last but one layer, final norm
@@ -61,16 +61,28 @@ def encode_prompt(path: Path, family: Family, prompt: str, source: str, tokenize
     Raises: GuidanceError: if there is no text encoder of the family, or no tokenizer for a prompt that needs one.
     """
     ids = token_ids(prompt, tokenizer or path / "tokenizer")
-    models = _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
-    with torch.no_grad():
-        if family == "sdxl":
-            clip, open_clip = models
-            first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
-            second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
-            tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
-            return TextEmbedding(tokens.float(), second.text_embeds.float())
-        padding = CLIP_PADDING if family == "sd1" else OPEN_CLIP_PADDING
-        return TextEmbedding(models[0](_padded(ids, padding)).last_hidden_state.float())
+    return encode_ids(load_text_encoders(path, family, source), family, ids)
+
+
+def load_text_encoders(path: Path, family: Family, source: str) -> list[nn.Module]:
+    """Read a family's text encoders, in evaluation mode: one, or SDXL's two.
+
+    Raises: GuidanceError: if there is no text encoder of the family.
+    """
+    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
+
+
+@torch.no_grad()
+def encode_ids(models: Sequence[nn.Module], family: Family, ids: Sequence[int]) -> TextEmbedding:
+    """Encode one prompt's token numbers, which come without start and end."""
+    if family == "sdxl":
+        clip, open_clip = models
+        first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
+        second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
+        tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
+        return TextEmbedding(tokens.float(), second.text_embeds.float())
+    padding = CLIP_PADDING if family == "sd1" else OPEN_CLIP_PADDING
+    return TextEmbedding(models[0](_padded(ids, padding)).last_hidden_state.float())
 
 
 def token_ids(prompt: str, tokenizer: Path) -> list[int]:
