@@ -29,6 +29,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises: GuidanceError: one sentence, naming the key, what was expected and the nearest known key.
     """
+    values = read_toml(path, overrides, _NAMES)
+    preset = values.get("preset", "")
+    if preset in PRESETS:
+        known = tomllib.loads((Path(__file__).parent / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
+        values = merged(known, values)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise GuidanceError(first_problem(error, str(path), _NAMES, "train")) from error
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+def read_toml(path: Path, overrides: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Read a TOML file's values, with those of the `--set` options in their places; `names` are all settings.
+
+    Raises: GuidanceError: if it cannot be read, or an option is no 'key=value'.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -38,16 +55,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise GuidanceError(f"{str(path)!r} is not valid TOML: {error}; correct that line.") from error
     for option in overrides:
-        _override(values, option)
-    preset = values.get("preset", "")
-    if preset in PRESETS:
-        known = tomllib.loads((Path(__file__).parent / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
-        values = _merged(known, values)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise GuidanceError(_sentence(error, str(path))) from error
-    return _with_absolute_paths(config, path.resolve().parent)
+        _override(values, option, names)
+    return values
 
 
 _PATHS = {
@@ -69,7 +78,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     return config.model_copy(update=changes)
 
 
-def _override(values: dict[str, Any], option: str) -> None:
+def _override(values: dict[str, Any], option: str, names: Sequence[str]) -> None:
     key, equals, text = option.partition("=")
     if not equals:
         raise GuidanceError(f"--set {option!r} has no '=', expected key=value, for example train.steps=2000.")
@@ -81,34 +90,45 @@ def _override(values: dict[str, Any], option: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise GuidanceError(f"--set {option!r}: {section!r} is no section{_nearest(key.strip())}.")
+            raise GuidanceError(f"--set {option!r}: {section!r} is no section{_nearest(key.strip(), names)}.")
     values[last] = value
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of both, section by section; `above` wins."""
+    both = dict(below)
     for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
-    return merged
+        under = both.get(key)
+        both[key] = merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return both
 
 
-def _sentence(error: ValidationError, source: str) -> str:
-    """Say the first thing that is wrong, in the words of the config file."""
+def first_problem(error: ValidationError, source: str, names: Sequence[str], command: str) -> str:
+    """Say the first thing that is wrong, in the words of the config file.
+
+    Args:
+        error: what pydantic found.
+        source: the file.
+        names: every setting and section, among which a mistyped one is looked for.
+        command: whose --help lists them.
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     rest = len(error.errors()) - 1
     more = f" ({rest} more {'problem' if rest == 1 else 'problems'} after it)" if rest else ""
     if first["type"] == "extra_forbidden":
-        return f"{source!r}: {key!r} is no known setting{_nearest(key)}{more}; `gcfg train --help` lists them all."
+        known = f"`gcfg {command} --help` lists them all"
+        return f"{source!r}: {key!r} is no known setting{_nearest(key, names)}{more}; {known}."
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{source!r}: {message}{more}."
     return f"{source!r}: {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}{more}."
 
 
-def _nearest(key: str) -> str:
-    names = [name for name, *_ in fields()] + list(Config.model_fields)
+_NAMES = [name for name, *_ in fields()] + list(Config.model_fields)
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
     # A right word in the wrong section, or without one, is as common as a typo.
     by_last = {name.rsplit(".", 1)[-1]: name for name in names}
     close = difflib.get_close_matches(key, names, 1, 0.75)
