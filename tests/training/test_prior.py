@@ -597,7 +597,7 @@ def test_a_prompt_that_is_too_long(folder, comfyui):
     tokenizer = Path((comfyui[0] / "tokenizer.txt").read_text())
     prior = open_prior(folder / "sd1.safetensors")
     assert refusal(prior.encode_prompt, "cat " * 76, None, tokenizer) == (
-        "model.prompt has 76 tokens, expected at most 75; shorten it."
+        f"The prompt {('cat ' * 10)!r} has 76 tokens, expected at most 75; shorten it."
     )
     assert prior.encode_prompt("cat " * 75, None, tokenizer).tokens.shape == (1, 77, 128)
 

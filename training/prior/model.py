@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Family, family_of, pooled_width
 from .components import read_json
-from .text_encoder import TextEmbedding, encode_prompt
+from .learned_token import LearnedToken
+from .text_encoder import TextEmbedding, encode_prompt, load_text_model
 from .unet import UNetSource, find_unet, load_unet
 from .vae import load_vae
 
@@ -44,12 +46,14 @@ class Prior:
         unet: where its UNet is, with its configuration.
         prediction: what it predicts.
         zero_terminal_snr: whether its noise schedule ends at pure noise.
+        section: of the config that names it, for errors.
     """
 
     path: Path
     unet: UNetSource
     prediction: Prediction
     zero_terminal_snr: bool
+    section: str = "model"
 
     @property
     def family(self) -> Family:
@@ -77,17 +81,27 @@ class Prior:
 
     def load_vae(self, other: Path | None = None) -> Autoencoder:
         """Read the autoencoder, the prior's own or the one at `other`, in evaluation mode, without gradients."""
-        return load_vae(other or self.path, self.family, _source("vae", other, self.path))
+        return load_vae(other or self.path, self.family, self.source("vae", other))
 
     def encode_prompt(
-        self, prompt: str, text_encoder: Path | None = None, tokenizer: Path | None = None
+        self,
+        prompt: str,
+        text_encoder: Path | None = None,
+        tokenizer: Path | None = None,
+        learned: LearnedToken | None = None,
     ) -> TextEmbedding:
         """Encode a prompt with the prior's own text encoder, or the one at `text_encoder`.
+
+        Args:
+            prompt: what to encode.
+            text_encoder: a checkpoint, a text encoder's file or a diffusers folder.
+            tokenizer: folder with vocab.json and merges.txt.
+            learned: a word of Textual Inversion that may stand in the prompt.
 
         Raises: GuidanceError: also if the embedding is not of the widths that the UNet reads.
         """
         source = _source("text_encoder", text_encoder, self.path)
-        text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer)
+        text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer, learned)
         found = (text.tokens.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
         if found != (self.context_dim, self.pooled_dim):
             raise GuidanceError(
@@ -96,23 +110,24 @@ class Prior:
             )
         return text
 
+    def load_text_model(self, text_encoder: Path | None = None) -> nn.Module:
+        """Read the one text encoder of SD1.x or SD2.x, the prior's own or the one at `text_encoder`."""
+        return load_text_model(text_encoder or self.path, self.family, _source("text_encoder", text_encoder, self.path))
 
-def open_prior(checkpoint: Path) -> Prior:
+
+def open_prior(checkpoint: Path, section: str = "model") -> Prior:
     """Recognise a prior.
 
     Args:
         checkpoint: a single-file checkpoint, a bare UNet file or a diffusers folder.
+        section: of the config that names it.
 
     Raises: GuidanceError: one sentence, naming `model.checkpoint`.
     """
-    source = f"model.checkpoint {str(checkpoint)!r}"
+    source = f"{section}.checkpoint {str(checkpoint)!r}"
     unet = find_unet(checkpoint, source)
     prediction, zero_terminal_snr = _prediction(checkpoint, unet)
-    return Prior(checkpoint, unet, prediction, zero_terminal_snr)
-
-
-def _source(key: str, other: Path | None, checkpoint: Path) -> str:
-    return f"model.{key} {str(other)!r}" if other else f"model.checkpoint {str(checkpoint)!r}"
+    return Prior(checkpoint, unet, prediction, zero_terminal_snr, section)
 
 
 def _prediction(checkpoint: Path, unet: UNetSource) -> tuple[Prediction, bool]:

@@ -19,6 +19,7 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Config, Family, Shapes
 from .components import TEXT_WEIGHTS, read_json, weight_files
+from .learned_token import LEARNED_ID, LearnedToken, add_word
 
 START, END = 49406, 49407
 LENGTH = 77
@@ -48,7 +49,14 @@ class TextEmbedding:
     pooled: Tensor | None = None
 
 
-def encode_prompt(path: Path, family: Family, prompt: str, source: str, tokenizer: Path | None = None) -> TextEmbedding:
+def encode_prompt(
+    path: Path,
+    family: Family,
+    prompt: str,
+    source: str,
+    tokenizer: Path | None = None,
+    learned: LearnedToken | None = None,
+) -> TextEmbedding:
     """Encode one prompt; the empty one needs no tokenizer.
 
     Args:
@@ -57,36 +65,47 @@ def encode_prompt(path: Path, family: Family, prompt: str, source: str, tokenize
         prompt: what to encode.
         source: start of every error: "model.text_encoder 'path'".
         tokenizer: folder with vocab.json and merges.txt; a diffusers folder brings its own.
+        learned: a word that the prompt may hold beside those of the tokenizer; SD1.x and SD2.x.
 
     Raises: GuidanceError: if there is no text encoder of the family, or no tokenizer for a prompt that needs one.
     """
-    ids = token_ids(prompt, tokenizer or path / "tokenizer")
-    return encode_ids(load_text_encoders(path, family, source), family, ids)
+    ids = token_ids(prompt, tokenizer or path / "tokenizer", learned.text if learned else "")
+    if learned:
+        models = [load_text_model(path, family, source)]
+        add_word(models[0], learned, source)
+    else:
+        models = _load(path, family, source)
+    with torch.no_grad():
+        if family == "sdxl":
+            clip, open_clip = models
+            first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
+            second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
+            tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
+            return TextEmbedding(tokens.float(), second.text_embeds.float())
+        return TextEmbedding(models[0](padded_ids(ids, family)).last_hidden_state.float())
 
 
-def load_text_encoders(path: Path, family: Family, source: str) -> list[nn.Module]:
-    """Read a family's text encoders, in evaluation mode: one, or SDXL's two.
+def load_text_model(path: Path, family: Family, source: str) -> nn.Module:
+    """Read the one text encoder of SD1.x or SD2.x as transformers' CLIPTextModel, whose last hidden state counts.
 
-    Raises: GuidanceError: if there is no text encoder of the family.
+    Raises: GuidanceError: if there is none, or the family has two.
     """
-    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
-
-
-@torch.no_grad()
-def encode_ids(models: Sequence[nn.Module], family: Family, ids: Sequence[int]) -> TextEmbedding:
-    """Encode one prompt's token numbers, which come without start and end."""
     if family == "sdxl":
-        clip, open_clip = models
-        first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
-        second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
-        tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
-        return TextEmbedding(tokens.float(), second.text_embeds.float())
-    padding = CLIP_PADDING if family == "sd1" else OPEN_CLIP_PADDING
-    return TextEmbedding(models[0](_padded(ids, padding)).last_hidden_state.float())
+        raise GuidanceError(
+            f"{source} has two text encoders, expected the one of SD1.x or SD2.x to give a new word; "
+            "use another model.method, or a prior of those families."
+        )
+    (model,) = _load(path, family, source)
+    return model
 
 
-def token_ids(prompt: str, tokenizer: Path) -> list[int]:
-    """Return the prompt's token numbers, without start and end.
+def padded_ids(ids: Sequence[int], family: Family) -> Tensor:
+    """Return a prompt's token numbers with start, end and padding, (1, 77), for SD1.x or SD2.x."""
+    return _padded(ids, CLIP_PADDING if family == "sd1" else OPEN_CLIP_PADDING)
+
+
+def token_ids(prompt: str, tokenizer: Path, learned: str = "") -> list[int]:
+    """Return the prompt's token numbers, without start and end; LEARNED_ID for each `learned` in it.
 
     Raises: GuidanceError: if the prompt is too long, or it is not empty and the tokenizer is missing.
     """
@@ -100,9 +119,14 @@ def token_ids(prompt: str, tokenizer: Path) -> list[int]:
     from transformers import CLIPTokenizer
 
     reader = CLIPTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-    ids: list[int] = reader(prompt, add_special_tokens=False)["input_ids"]
+    first, *others = prompt.split(learned) if learned else [prompt]
+    ids: list[int] = reader(first, add_special_tokens=False)["input_ids"]
+    for part in others:
+        ids += [LEARNED_ID, *reader(part, add_special_tokens=False)["input_ids"]]
     if len(ids) > LENGTH - 2:
-        raise GuidanceError(f"model.prompt has {len(ids)} tokens, expected at most {LENGTH - 2}; shorten it.")
+        raise GuidanceError(
+            f"The prompt {prompt[:40]!r} has {len(ids)} tokens, expected at most {LENGTH - 2}; shorten it."
+        )
     return ids
 
 
@@ -155,6 +179,10 @@ def _config(vocabulary: int, width: int, length: int, layers: int, intermediate:
 def _padded(ids: Sequence[int], padding: int) -> Tensor:
     full = [START, *ids, END]
     return torch.tensor([full + [padding] * (LENGTH - len(full))])
+
+
+def _load(path: Path, family: Family, source: str) -> list[nn.Module]:
+    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
 
 
 def _from_file(path: Path, family: Family, source: str) -> list[nn.Module]:

@@ -1,0 +1,269 @@
+"""The evaluation's configuration: one schema, from which the checks, the defaults and the --help text come.
+
+No torch here: --help is quick.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+Task = Literal["fid", "alignment", "canny", "diversity"]
+
+PRIOR = "prior"  # the model that every config has
+TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
+PLACEHOLDER = "{prompt}"  # of the task's prompt in a term's
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Weight = float | Annotated[tuple[float, ...], Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class PriorConfig(_Section):
+    """The frozen model."""
+
+    checkpoint: str = Field(
+        "", description="An SD1.x, SD2.x or SDXL checkpoint (.safetensors) or a diffusers folder; required."
+    )
+    vae: str = Field("", description="Another VAE than the checkpoint's own: a .safetensors file or a folder.")
+    text_encoder: str = Field("", description="Where the text encoder is, if not in the checkpoint.")
+    tokenizer: str = Field("", description="Folder with the tokenizer's vocab.json and merges.txt, if not beside it.")
+    prediction: Literal["auto", "eps", "v", "flow"] = Field(
+        "auto", description="What the prior predicts; 'auto' reads it off the checkpoint."
+    )
+    controlnet: str = Field(
+        "", description="ControlNet of the terms with control = true: a .safetensors file or a diffusers folder."
+    )
+
+
+class SamplingConfig(_Section):
+    """How images are made."""
+
+    size: Positive = Field(512, description="Side of the square images, in pixels; a multiple of 8.")
+    steps: Positive = Field(100, description="Steps of DPM-Solver++ (2M); 100 is the paper's number.")
+    batch_size: Positive = Field(16, description="Images that pass a UNet at once, and stand in one file.")
+    seed: NotNegative = Field(0, description="Decides, with an image's number, its starting noise.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Number format of the UNets.")
+
+    @model_validator(mode="after")
+    def _multiple_of_eight(self) -> SamplingConfig:
+        if self.size % 8:
+            raise ValueError(f"sampling.size is {self.size}, expected a multiple of 8, the VAE's factor")
+        return self
+
+
+class OutputConfig(_Section):
+    """What is written."""
+
+    folder: str = Field("evaluation", description="Folder of the images, the results and the report.")
+
+
+class ModelConfig(_Section):
+    """[models.NAME]: a model beside the prior."""
+
+    unet: str = Field(
+        "", description="A UNet file, ordinary or null-text (folded or compact), a checkpoint, or a diffusers folder."
+    )
+    embedding: str = Field("", description="In place of unet: a textual inversion's file; the prior's UNet reads it.")
+    token: str = Field("", description="What stands for the embedding in prompts, for example '<digit>'.")
+    parameters: int | None = Field(
+        None, ge=0, description="Trained parameters, for the tables; without it the file's metadata says."
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelConfig:
+        if bool(self.unet) == bool(self.embedding):
+            raise ValueError("a model needs either a unet or an embedding, expected one of them")
+        if bool(self.embedding) != bool(self.token):
+            raise ValueError("embedding and token belong together, expected both or none")
+        return self
+
+
+class Term(_Section):
+    """One guidance: w (model(prompt) - base)."""
+
+    model: str = Field(PRIOR, description="Name below [models], or 'prior'.")
+    prompt: str = Field("", description=f"What the model reads; '{PLACEHOLDER}' gives way to the task's prompt.")
+    weight: Weight = Field(1.0, description="Guidance weight, or a list of weights to search.")
+    control: bool = Field(False, description="Apply the ControlNet to this term.")
+    label: str = Field("", description="Name of the term in tables and plots.")
+
+
+class Recipe(_Section):
+    """How a method makes images: denoised = base(unconditional) + sum_i w_i (term_i - base)."""
+
+    base: str = Field(PRIOR, description="The unconditional model: a name below [models], or 'prior'.")
+    unconditional: str = Field("", description="The unconditional prompt.")
+    terms: tuple[Term, ...] = Field((), description="The guidances; none: the base alone.")
+
+    @property
+    def searched(self) -> tuple[int, ...]:
+        """Places of the terms whose weight is a list."""
+        return tuple(place for place, term in enumerate(self.terms) if isinstance(term.weight, tuple))
+
+
+class MethodConfig(_Section):
+    """[methods.NAME]: a row of the tables, with a recipe for each task it takes part in."""
+
+    title: str = Field("", description="Name in the tables; without it the key.")
+    group: str = Field("methods", description="'methods' for the paper's tables, another word for an ablation.")
+    fid: Recipe | None = None
+    alignment: Recipe | None = None
+    canny: Recipe | None = None
+    diversity: Recipe | None = None
+
+    def recipe(self, task: Task) -> Recipe | None:
+        """Return the recipe of a task, if it takes part."""
+        found: Recipe | None = getattr(self, task)
+        return found
+
+
+class FidConfig(_Section):
+    """Fidelity: distance of unconditional images from the real ones."""
+
+    images: str = Field("", description="Folder of the real images; they are fitted to sampling.size.")
+    count: Positive = Field(50_000, description="Images of each method.")
+    search_count: Positive = Field(5_000, description="Images for each weight that is searched.")
+    extractor: str = Field("inception", description="'inception', or 'package.module:factory' of a feature network.")
+    extractor_weights: str = Field("", description="The extractor's weights: a local file.")
+    resize: Literal["torchmetrics", "tensorflow", "none"] = Field(
+        "torchmetrics",
+        description="To Inception's 299 pixels: bilinear, antialiased ('torchmetrics') or not ('tensorflow'); 'none' "
+        "with an extractor of another kind.",
+    )
+
+
+class LabelledPrompt(_Section):
+    """A prompt, and what the classifier is asked about its images."""
+
+    prompt: str
+    label: str
+
+
+class AlignmentConfig(_Section):
+    """Control by text: how often the prompted attribute is there."""
+
+    prompts: Literal["table3"] | tuple[LabelledPrompt, ...] = Field(
+        "table3", description="List of {prompt, label}, or 'table3', the paper's ten of faces."
+    )
+    per_prompt: Positive = Field(100, description="Images of each prompt.")
+    search_per_prompt: Positive = Field(20, description="Images of each prompt for each weight that is searched.")
+    classifier: str = Field(
+        "clip", description="'clip' (zero-shot, an attribute against its opposite), or 'package.module:factory'."
+    )
+    classifier_weights: str = Field("", description="The classifier's weights: a local file, or CLIP's folder.")
+    clip: str = Field("", description="Folder of a CLIP, for the CLIP score beside the alignment.")
+
+
+class CannyConfig(_Section):
+    """Control by edges: how well the result keeps those of the condition."""
+
+    images: str = Field("", description="Folder of images from which the conditions' edges are taken.")
+    count: Positive = Field(200, description="Conditions, the folder's first images.")
+    per_condition: Positive = Field(5, description="Images of each condition.")
+    search_count: Positive = Field(20, description="Conditions for each weight that is searched.")
+    low: NotNegative = Field(100, description="Canny's lower threshold.")
+    high: NotNegative = Field(200, description="Canny's upper threshold.")
+
+
+class DiversityConfig(_Section):
+    """How much the images of one prompt differ, by the FID's extractor."""
+
+    prompts: tuple[str, ...] = Field(("",), min_length=1, description="Each is measured alone; the mean counts.")
+    per_prompt: Annotated[int, Field(gt=1)] = Field(50, description="Images of each prompt.")
+
+
+class SweepConfig(_Section):
+    """The plane of two weights (the paper's Fig. 8(a))."""
+
+    recipe: Recipe | None = Field(None, description="A recipe, two of whose weights are lists.")
+    prompt: str = Field("", description=f"What '{PLACEHOLDER}' stands for.")
+    label: str = Field("", description="What the classifier is asked.")
+    per_cell: Annotated[int, Field(gt=1)] = Field(100, description="Images of each pair of weights.")
+
+    @model_validator(mode="after")
+    def _a_plane(self) -> SweepConfig:
+        if self.recipe and len(self.recipe.searched) != 2:
+            raise ValueError(
+                f"sweep.recipe has {len(self.recipe.searched)} weights that are lists, expected exactly two"
+            )
+        return self
+
+
+class Config(_Section):
+    """An evaluation."""
+
+    preset: Literal["", "ffhq"] = Field("", description="The paper's settings to start from.")
+    prior: PriorConfig = PriorConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    output: OutputConfig = OutputConfig()
+    models: dict[str, ModelConfig] = {}
+    methods: dict[str, MethodConfig] = {}
+    fid: FidConfig = FidConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    canny: CannyConfig = CannyConfig()
+    diversity: DiversityConfig = DiversityConfig()
+    sweep: SweepConfig = SweepConfig()
+
+    # Settings stay as they were written, so that results do not name the machine; `path` tells where they lead.
+    _folder: Path = PrivateAttr(Path())
+
+    def path(self, setting: str) -> Path | None:
+        """Return the path that a setting means, relative to the config's folder; None where it is empty."""
+        return self._folder / Path(setting).expanduser() if setting else None
+
+    @property
+    def output_folder(self) -> Path:
+        """Where all is written."""
+        return self._folder / Path(self.output.folder).expanduser()
+
+    @model_validator(mode="after")
+    def _names(self) -> Config:
+        for name in (*self.models, *self.methods):
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+                raise ValueError(f"the name {name!r} has other characters than letters, digits and '_'; rename it")
+        if PRIOR in self.models:
+            raise ValueError("models.prior is the prior itself, expected another name for a model beside it")
+        for place, recipe in self.recipes():
+            for key, model in _models(recipe):
+                if model not in (PRIOR, *self.models):
+                    known = ", ".join(repr(name) for name in (PRIOR, *self.models))
+                    raise ValueError(f"{place}.{key} is {model!r}, expected one of {known}")
+        for name, method in self.methods.items():
+            if method.diversity and method.diversity.searched:
+                raise ValueError(f"methods.{name}.diversity has a list as weight, expected a number: none is best")
+        return self
+
+    def recipes(self) -> Iterator[tuple[str, Recipe]]:
+        """Yield every recipe with its key."""
+        for name, method in self.methods.items():
+            for task in TASKS:
+                if recipe := method.recipe(task):
+                    yield f"methods.{name}.{task}", recipe
+        if self.sweep.recipe:
+            yield "sweep.recipe", self.sweep.recipe
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "base", recipe.base
+    for place, term in enumerate(recipe.terms):
+        yield f"terms.{place}.model", term.model
+
+
+def fields() -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted name, default, description) of every setting, in the schema's order."""
+    sections = {name: info.annotation for name, info in Config.model_fields.items()}
+    sections |= {"models.NAME": ModelConfig, "methods.NAME": MethodConfig}
+    sections |= {"RECIPE": Recipe, "RECIPE.terms": Term}
+    for name, section in sections.items():
+        if isinstance(section, type) and issubclass(section, _Section):
+            for key, field in section.model_fields.items():
+                yield f"{name}.{key}", field.get_default(), field.description or "A recipe."
