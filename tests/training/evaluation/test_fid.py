@@ -164,7 +164,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
             [pictures(2, 0)],
             Moments(),
             "torchmetrics",
-            "fid.resize is 'torchmetrics', expected 'none'",
+            "fid.resize is 'torchmetrics', expected",
         ),
         ([pictures(2, 0)], [pictures(2, 0)], torch.nn.Identity(), "none", "features of shape"),
         ([numbered(torch.arange(2))] * 2, [], Recall(torch.full((9, 2), torch.nan)), "none", "not finite"),

@@ -20,7 +20,7 @@ TABLE3 = (
     ("wearing glasses", "a face wearing glasses | a face without glasses"),
     ("wearing sunglasses", "a face wearing sunglasses | a face without sunglasses"),
     ("wearing hat", "a face wearing a hat | a face without a hat"),
-    ("smilling", "a smiling face | a serious face"),  # the paper's spelling
+    ("smiling", "a smiling face | a serious face"),  # "smilling" in the paper
     ("male", "the face of a man | the face of a woman"),
     ("female", "the face of a woman | the face of a man"),
     ("white people", "the face of a white person | the face of a black person | the face of an asian person"),
