@@ -100,19 +100,32 @@ class Prior:
 
         Raises: GuidanceError: also if the embedding is not of the widths that the UNet reads.
         """
-        source = _source("text_encoder", text_encoder, self.path)
+        source = self.source("text_encoder", text_encoder)
         text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer, learned)
+        self.refuse_other_widths(text, source)
+        return text
+
+    def refuse_other_widths(self, text: TextEmbedding, source: str) -> None:
+        """Check that an embedding is of the widths that the UNet reads.
+
+        Raises: GuidanceError: if it is not; `source` is its start.
+        """
         found = (text.tokens.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
         if found != (self.context_dim, self.pooled_dim):
             raise GuidanceError(
                 f"{source} gives text of the widths {found}, expected {(self.context_dim, self.pooled_dim)} for "
                 f"the {FAMILY_NAMES[self.family]} prior {self.path.name!r}; use the text encoder of that prior."
             )
-        return text
 
     def load_text_model(self, text_encoder: Path | None = None) -> nn.Module:
         """Read the one text encoder of SD1.x or SD2.x, the prior's own or the one at `text_encoder`."""
-        return load_text_model(text_encoder or self.path, self.family, _source("text_encoder", text_encoder, self.path))
+        return load_text_model(text_encoder or self.path, self.family, self.source("text_encoder", text_encoder))
+
+    def source(self, key: str, other: Path | None) -> str:
+        """Return how the user knows the file of a part, the start of every error."""
+        if other:
+            return f"{self.section}.{key} {str(other)!r}"
+        return f"{self.section}.checkpoint {str(self.path)!r}"
 
 
 def open_prior(checkpoint: Path, section: str = "model") -> Prior:

@@ -70,19 +70,30 @@ def encode_prompt(
     Raises: GuidanceError: if there is no text encoder of the family, or no tokenizer for a prompt that needs one.
     """
     ids = token_ids(prompt, tokenizer or path / "tokenizer", learned.text if learned else "")
+    models = load_text_models(path, family, source)
     if learned:
-        models = [load_text_model(path, family, source)]
-        add_word(models[0], learned, source)
-    else:
-        models = _load(path, family, source)
-    with torch.no_grad():
-        if family == "sdxl":
-            clip, open_clip = models
-            first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
-            second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
-            tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
-            return TextEmbedding(tokens.float(), second.text_embeds.float())
-        return TextEmbedding(models[0](padded_ids(ids, family)).last_hidden_state.float())
+        add_word(_only(models, source), learned, source)
+    return encode_ids(models, family, ids)
+
+
+@torch.no_grad()
+def encode_ids(models: Sequence[nn.Module], family: Family, ids: Sequence[int]) -> TextEmbedding:
+    """Encode one prompt's token numbers, which come without start and end."""
+    if family == "sdxl":
+        clip, open_clip = models
+        first = clip(_padded(ids, CLIP_PADDING), output_hidden_states=True)
+        second = open_clip(_padded(ids, OPEN_CLIP_PADDING), output_hidden_states=True)
+        tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
+        return TextEmbedding(tokens.float(), second.text_embeds.float())
+    return TextEmbedding(models[0](padded_ids(ids, family)).last_hidden_state.float())
+
+
+def load_text_models(path: Path, family: Family, source: str) -> list[nn.Module]:
+    """Read a family's text encoders, in evaluation mode: one, or SDXL's two.
+
+    Raises: GuidanceError: if there is no text encoder of the family.
+    """
+    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
 
 
 def load_text_model(path: Path, family: Family, source: str) -> nn.Module:
@@ -90,13 +101,7 @@ def load_text_model(path: Path, family: Family, source: str) -> nn.Module:
 
     Raises: GuidanceError: if there is none, or the family has two.
     """
-    if family == "sdxl":
-        raise GuidanceError(
-            f"{source} has two text encoders, expected the one of SD1.x or SD2.x to give a new word; "
-            "use another model.method, or a prior of those families."
-        )
-    (model,) = _load(path, family, source)
-    return model
+    return _only(load_text_models(path, family, source), source)
 
 
 def padded_ids(ids: Sequence[int], family: Family) -> Tensor:
@@ -104,8 +109,10 @@ def padded_ids(ids: Sequence[int], family: Family) -> Tensor:
     return _padded(ids, CLIP_PADDING if family == "sd1" else OPEN_CLIP_PADDING)
 
 
-def token_ids(prompt: str, tokenizer: Path, learned: str = "") -> list[int]:
+def token_ids(prompt: str, tokenizer: Path, learned: str = "", section: str = "model") -> list[int]:
     """Return the prompt's token numbers, without start and end; LEARNED_ID for each `learned` in it.
+
+    `section` of the config names the tokenizer.
 
     Raises: GuidanceError: if the prompt is too long, or it is not empty and the tokenizer is missing.
     """
@@ -113,8 +120,8 @@ def token_ids(prompt: str, tokenizer: Path, learned: str = "") -> list[int]:
         return []
     if not all((tokenizer / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise GuidanceError(
-            f"model.tokenizer: {str(tokenizer)!r} has no 'vocab.json' and 'merges.txt', expected the folder of CLIP's "
-            "tokenizer; ComfyUI ships one in comfy/sd1_tokenizer, a diffusers folder in tokenizer/."
+            f"{section}.tokenizer: {str(tokenizer)!r} has no 'vocab.json' and 'merges.txt', expected the folder of "
+            "CLIP's tokenizer; ComfyUI ships one in comfy/sd1_tokenizer, a diffusers folder in tokenizer/."
         )
     from transformers import CLIPTokenizer
 
@@ -128,6 +135,15 @@ def token_ids(prompt: str, tokenizer: Path, learned: str = "") -> list[int]:
             f"The prompt {prompt[:40]!r} has {len(ids)} tokens, expected at most {LENGTH - 2}; shorten it."
         )
     return ids
+
+
+def _only(models: list[nn.Module], source: str) -> nn.Module:
+    if len(models) > 1:
+        raise GuidanceError(
+            f"{source} has two text encoders, expected the one of SD1.x or SD2.x to give a new word; "
+            "use another method, or a prior of those families."
+        )
+    return models[0]
 
 
 def clip_config(shapes: Shapes, act: str) -> Config:
@@ -179,10 +195,6 @@ def _config(vocabulary: int, width: int, length: int, layers: int, intermediate:
 def _padded(ids: Sequence[int], padding: int) -> Tensor:
     full = [START, *ids, END]
     return torch.tensor([full + [padding] * (LENGTH - len(full))])
-
-
-def _load(path: Path, family: Family, source: str) -> list[nn.Module]:
-    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
 
 
 def _from_file(path: Path, family: Family, source: str) -> list[nn.Module]:
