@@ -7,7 +7,7 @@
 #
 # COMFYUI_PATH=DIR    use the ComfyUI in DIR, not the pip-packaged one (demo, test)
 # MODEL=F CONCEPT=F   your own SD1.5 checkpoint and concept UNet (demo)
-# PYTHON=FILE         run in this interpreter's environment as it is, not in .venv (pip install -e '.[dev,train]' there)
+# PYTHON=FILE         run in this interpreter's environment as it is, not in .venv (pip install -e '.[dev,evaluate]' there)
 # BASE_PYTHON=FILE    make .venv from this Python (3.10 to 3.12)
 # TORCH="torch==X torchvision==Y"    another pair for a new .venv
 # ARGS="-k words"     further arguments for pytest, or for the benchmark (ARGS=--small; ARGS="training --small")
@@ -70,10 +70,10 @@ $(STAMP): pyproject.toml $(PINS)
 	  echo "$(VENV) needs Python 3.10, 3.11 or 3.12 with its venv module: name one, make BASE_PYTHON=FILE." >&2; exit 1; }
 	[ -e $@ ] || { rm -rf $(VENV) && $(BASE_PYTHON) -m venv $(VENV); }
 	[ -e $@ ] || $(PIP) install -c $(PINS) $(TORCH)
-	$(PIP) install -q --no-warn-conflicts -c $(PINS) -e '.[dev,train]'
+	$(PIP) install -q --no-warn-conflicts -c $(PINS) -e '.[dev,evaluate]'
 	$(PIP) install -q --no-deps -r $(PINS)
 	@touch $@
 
 require-pack:
 	@$(PYTHON) -c 'import comfyui_gcfg' || { \
-	  echo "PYTHON=$(PYTHON) cannot import comfyui_gcfg: run $(PYTHON) -m pip install -e '.[dev,train]' first." >&2; exit 1; }
+	  echo "PYTHON=$(PYTHON) cannot import comfyui_gcfg: run $(PYTHON) -m pip install -e '.[dev,evaluate]' first." >&2; exit 1; }

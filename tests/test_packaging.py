@@ -21,7 +21,7 @@ else:  # pytest brings it
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
 ROOMS = ("gcfg", "nodes", "training", "demo")
-DATA = ("web", "workflows", "training/presets")
+DATA = ("web", "workflows", "training/presets", "training/evaluation/presets", "training/evaluation/abtest_page")
 # Nothing below these is a source: copying a virtual environment would take minutes.
 SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output")
 
@@ -139,6 +139,6 @@ def test_the_registry_fields_are_valid(project):
 
 def test_the_tools_and_the_trainer_are_extras(project):
     extras = project["project"]["optional-dependencies"]
-    assert {"train", "dev"} <= set(extras)
+    assert {"train", "evaluate", "dev"} <= set(extras)
     core = {re.split(r"[^\w-]", name)[0] for name in project["project"]["dependencies"]}
     assert core == {"torch", "safetensors", "einops", "numpy"}
