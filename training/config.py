@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NullTextMode = Literal["uniform_mean", "attention_mean", "zero"]
+Method = Literal["full", "cross_attention", "lora", "oft", "textual_inversion"]
 
 # A field with this mark may differ when a run goes on; all others decide what is learned and may not. Files may move:
 # what is in them is compared.
@@ -53,8 +54,23 @@ class ModelConfig(_Section):
     mode: Literal["null_text", "prompt"] = Field(
         "null_text",
         description="'null_text': cross-attentions become constants (the paper's concept model); "
-        "'prompt': one prompt for all images (the paper's DreamBooth baseline).",
+        "'prompt': one prompt for all images (the paper's baselines).",
     )
+    method: Method = Field(
+        "full",
+        description="What mode 'prompt' trains: 'full' the whole UNet (DreamBooth), 'cross_attention' the keys and "
+        "values of the text (Custom Diffusion), 'lora' or 'oft' adapters of all attentions, 'textual_inversion' a new "
+        "word.",
+    )
+    rank: Positive = Field(16, description="Rank of method 'lora'.")
+    oft_block_size: Positive = Field(
+        32,
+        description="Side of the rotations of method 'oft'; it divides the width of every attention and of the text.",
+    )
+    token: str = Field(
+        "", description="The new word of 'textual_inversion', for example '<face>'; a part of the prompt."
+    )
+    initializer: str = Field("", description="The word that the new one of 'textual_inversion' means at first: 'face'.")
     null_text: str = Field(
         "uniform_mean",
         description="The constants: 'uniform_mean', 'attention_mean', 'zero', or a null-text .safetensors file to take "
@@ -72,6 +88,19 @@ class ModelConfig(_Section):
             raise ValueError("model.prompt is empty, expected the prompt that mode 'prompt' trains on")
         if self.mode == "null_text" and self.prompt:
             raise ValueError("model.prompt is set, expected mode 'prompt' with it; null-text models read no text")
+        if self.mode == "null_text" and self.method != "full":
+            raise ValueError(f"model.method is {self.method!r}, expected mode 'prompt' with it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_word(self) -> ModelConfig:
+        inverts = self.method == "textual_inversion"
+        for name in ("token", "initializer"):
+            if bool(getattr(self, name)) != inverts:
+                state = "empty, expected a word" if inverts else "set, expected it empty"
+                raise ValueError(f"model.{name} is {state} with method {self.method!r}")
+        if inverts and self.token not in self.prompt:
+            raise ValueError(f"model.token {self.token!r} is not in model.prompt {self.prompt!r}, expected it there")
         return self
 
 
@@ -213,7 +242,7 @@ def changed_on_resume(before: Mapping[str, Any], now: Config) -> list[str]:
             continue
         values = getattr(now, section).model_dump(mode="json")
         for key, field in info.annotation.model_fields.items():
-            old = before.get(section, {}).get(key)
+            old = before.get(section, {}).get(key, field.default)  # a run of a version without it had the default
             if field.json_schema_extra != FREE and old != values[key]:
                 changes.append(f"{section}.{key} was {old!r}, now {values[key]!r}")
     return changes

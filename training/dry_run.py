@@ -32,7 +32,7 @@ class Cost:
     """What was measured and counted.
 
     Attributes:
-        parameters: of the UNet.
+        parameters: of the network.
         trained: how many of them are trained.
         state_bytes: weights, gradients, optimizer state and average.
         peak_bytes: most memory in use in the measured steps: on the device, or of this process on a CPU.
@@ -81,7 +81,7 @@ def dry_run(config: Config) -> Cost | None:
     views = 2 if config.data.flips else 1
     cost = Cost(
         parameters=sum(parameter.numel() for parameter in learner.unet.parameters()),
-        trained=sum(parameter.numel() for parameter in learner.parameters),
+        trained=learner.trained_parameters,
         state_bytes=gradients + sum(tensor.nbytes for part in tensors.values() for tensor in part.values()),
         peak_bytes=peak_memory(),
         images=material.images,

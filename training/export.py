@@ -1,4 +1,4 @@
-"""From trained weights to the file that ComfyUI loads: bare LDM keys, one dtype, metadata by modelspec's convention."""
+"""From trained weights to the files that ComfyUI loads: UNet, LoRA, embedding; metadata by modelspec's convention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ..gcfg.errors import GuidanceError
 from ..gcfg.unet_keys import diffusers_to_ldm
 from .files import whole_file
 from .prior.architecture import Family
+from .prior.learned_token import EMBEDDING_KEY
 
+DType = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORM_KEY = "gcfg.form"  # in a file's metadata
 
@@ -60,7 +62,7 @@ def export_unet(
     unet: Mapping[str, Tensor],
     destination: Path,
     form: Form,
-    dtype: Literal["fp16", "bf16", "fp32"],
+    dtype: DType,
     context_dim: int,
     metadata: Mapping[str, str],
     zero_terminal_snr: bool = False,
@@ -86,6 +88,36 @@ def export_unet(
         stated["modelspec.architecture"] += _COMPACT
     with whole_file(destination) as beside:
         save_file(weights, beside, {"format": "pt", **stated})
+
+
+def export_lora(lora: Mapping[str, Tensor], destination: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA as a file that is whole or not there.
+
+    Args:
+        lora: in kohya's keys.
+        destination: the `.safetensors` file.
+        dtype: of its matrices; the scales stay as they are.
+        metadata: as for `export_unet`.
+
+    Raises: GuidanceError: if a value does not fit the dtype, or the disk is full.
+    """
+    tensors = {key: _cast(key, tensor, dtype) if tensor.ndim else tensor for key, tensor in lora.items()}
+    _write_part(tensors, destination, metadata, "lora")
+
+
+def export_embedding(vector: Tensor, destination: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
+    """Write the vector of a learned word, (1, D), as a file that is whole or not there.
+
+    Raises: GuidanceError: if a value does not fit the dtype, or the disk is full.
+    """
+    _write_part({EMBEDDING_KEY: _cast(EMBEDDING_KEY, vector, dtype)}, destination, metadata, "textual-inversion")
+
+
+def _write_part(tensors: StateDict, destination: Path, metadata: Mapping[str, str], kind: str) -> None:
+    stated = dict(metadata)
+    stated["modelspec.architecture"] += f"/{kind}"
+    with whole_file(destination) as beside:
+        save_file(tensors, beside, {"format": "pt", **stated})
 
 
 def _in_form(weights: StateDict, form: Form, context_dim: int) -> StateDict:

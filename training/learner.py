@@ -1,4 +1,4 @@
-"""One optimizer step, and everything that it changes: UNet, optimizer, average."""
+"""One optimizer step, and everything that it changes: weights, optimizer, average."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from ..gcfg.concept_file import FEATURE
 from ..gcfg.errors import GuidanceError
 from .config import TrainConfig
 from .objective import Objective
@@ -51,6 +52,8 @@ class Learner:
             unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        # What is frozen is the prior's, and no checkpoint holds it; but for the constants of a null-text network.
+        self._kept = [name for name in unet.state_dict() if name in self._names or name.endswith(FEATURE)]
         self._optimizer = _optimizer(self.parameters, config, accelerator.device)
         # The main process alone samples and saves. foreach would hold a second copy of all weights for a moment.
         averages = config.ema_decay > 0 and accelerator.is_main_process
@@ -64,6 +67,11 @@ class Learner:
         """Where the UNet is."""
         device: torch.device = self._accelerator.device
         return device
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of values that a step changes."""
+        return sum(parameter.numel() for parameter in self.parameters)
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepResult:
         """Take one step on this process's share of the batch.
@@ -97,8 +105,9 @@ class Learner:
             self.unet.train()
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return tensors by file name, and the numbers beside them, of everything a step changes."""
-        tensors: dict[str, dict[str, Tensor]] = {"unet": dict(self.unet.state_dict()), "optimizer": {}}
+        """Return tensors by file name, and the numbers beside them, of everything that the prior does not tell."""
+        weights = self.unet.state_dict()
+        tensors: dict[str, dict[str, Tensor]] = {"unet": {name: weights[name] for name in self._kept}, "optimizer": {}}
         scalars: dict[str, Any] = {"optimizer": {}}
         for index, entries in self._optimizer.state_dict()["state"].items():
             for key, value in entries.items():
@@ -111,7 +120,9 @@ class Learner:
 
     def load(self, read: Callable[[str], dict[str, Tensor]], scalars: dict[str, Any]) -> None:
         """Take up a saved state; `read` gives the tensors of a file name."""
-        self.unet.load_state_dict(read("unet"))
+        weights, saved = self.unet.state_dict(), read("unet")
+        for name in self._kept:
+            weights[name].copy_(saved[name])
         index = {name: i for i, name in enumerate(self._names)}
         state: dict[int, dict[str, Any]] = {}
         for name, value in [*read("optimizer").items(), *scalars["optimizer"].items()]:

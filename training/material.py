@@ -65,10 +65,10 @@ def material_of(
     """Return the material with these latents, wherever they come from."""
     objective = Objective.of(prior.prediction, prior.zero_terminal_snr)
     empty = _conditions(prior, "", config)
-    if config.model.mode == "prompt":
-        conditions = _conditions(prior, config.model.prompt, config)
-    else:
+    if config.model.mode == "null_text" or config.model.method == "textual_inversion":  # which reads its text itself
         conditions = Conditions.without_text(prior.context_dim, empty.pooled)
+    else:
+        conditions = _conditions(prior, config.model.prompt, config)
     stream = SampleStream(latents, config.train.seed, scaling_factor, config.train.noise_offset)
     return Material(prior, objective, empty, conditions, stream, latents.shape, len(latents), fingerprint)
 

@@ -19,6 +19,7 @@ from .config import Config, changed_on_resume
 from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
+from .methods.network import prompted
 from .monitor import Monitor, Silent, Timing
 from .processes import alone_in, join_processes, only_cpu
 from .samples import write_samples
@@ -136,8 +137,10 @@ def new_learner(config: Config, material: Material, accelerator: Accelerator, fr
         accelerator: its processes.
         fresh: whether the constants are to be found and measured; a checkpoint brings its own.
     """
-    unet = material.prior.load_unet().to(accelerator.device)
-    if config.model.mode == "null_text":
+    if config.model.mode == "prompt":
+        unet = prompted(material.prior, config.model, config.train.seed)
+    else:
+        unet = material.prior.load_unet().to(accelerator.device)
         constants = _constants(unet, config, material) if fresh else null_text_features(unet, "zero")
         if fresh and accelerator.is_main_process:
             noised = probes(material, DRIFT_SAMPLES, accelerator.device)
@@ -197,7 +200,12 @@ def _save(config: Config, material: Material, learner: Learner, progress: Progre
     if accelerator.is_main_process:
         folder = Path(config.output.folder) / CHECKPOINTS
         tensors, scalars = learner.state()
-        about = {**asdict(progress), **manifest(config, material), "scalars": scalars}
+        about = {
+            **asdict(progress),
+            **manifest(config, material),
+            "trained_parameters": learner.trained_parameters,
+            "scalars": scalars,
+        }
         checkpoints.save(folder, about, tensors)
         checkpoints.prune(folder, config.output.keep_last)
     accelerator.wait_for_everyone()

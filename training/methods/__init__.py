@@ -1,0 +1,1 @@
+"""The ways in which mode 'prompt' learns a concept: the paper's baselines, and LoRA."""

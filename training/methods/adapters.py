@@ -1,0 +1,88 @@
+"""LoRA and OFT on every projection of the UNet's attentions, by peft.
+
+LoRA: W' = W + B A                      # Hu et al. 2021; rank r, B (out, r) starts at 0
+OFT:  W' = W R,  R = (I + Q)^-1 (I - Q) by blocks, Q skew-symmetric      # Qiu et al. 2023; Q starts at 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import LoraConfig, OFTConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ...gcfg.errors import GuidanceError
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+_ADAPTER = "default"  # peft's name of the first one, a part of its weights' names
+
+
+def add_lora(unet: nn.Module, rank: int, seed: int) -> None:
+    """Put a LoRA of scale 1 on every attention projection; its weights are then the only ones that are trained.
+
+    Args:
+        unet: the prior's UNet, which is changed.
+        rank: of every pair of matrices.
+        seed: decides A, the half that does not start at 0.
+    """
+    _inject(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS)), unet, seed)
+
+
+def add_oft(unet: nn.Module, block_size: int) -> None:
+    """Put an orthogonal rotation on every attention projection's input; they are then all that is trained.
+
+    Args:
+        unet: the prior's UNet, which is changed.
+        block_size: side of the blocks of each rotation.
+
+    Raises: GuidanceError: if a projection's input cannot be cut into such blocks.
+    """
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(PROJECTIONS) and module.in_features % block_size:
+            raise GuidanceError(
+                f"model.oft_block_size is {block_size}, expected a divisor of every attention projection's input, of "
+                f"which {name!r} has {module.in_features}; choose another."
+            )
+    # The exact Cayley transform: the Neumann series is quicker, and no rotation.
+    config = OFTConfig(oft_block_size=block_size, use_cayley_neumann=False, target_modules=list(PROJECTIONS))
+    _inject(config, unet, seed=0)  # starts at 0
+
+
+def merge_adapters(unet: nn.Module) -> None:
+    """Turn the adapters into the weights that compute the same, in an ordinary UNet.
+
+    Raises: GuidanceError: if a merged weight is NaN or infinite.
+    """
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:
+                raise GuidanceError(
+                    f"{name!r} has NaN or infinite values: the training failed; export an earlier checkpoint."
+                ) from error
+            parent, _, last = name.rpartition(".")
+            setattr(unet.get_submodule(parent), last, module.get_base_layer())
+    unet.requires_grad_(True)
+
+
+def lora_file(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a LoRA's weights in kohya's keys, which the LoRA loaders of ComfyUI and others read.
+
+    Args:
+        weights: by peft's names: '....to_q.lora_A.default.weight'.
+    """
+    unet = {f"unet.{name.replace(f'.{_ADAPTER}.', '.')}": tensor for name, tensor in weights.items()}
+    file: dict[str, Tensor] = convert_state_dict_to_kohya(unet)
+    return file
+
+
+def _inject(config: Any, unet: nn.Module, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet, adapter_name=_ADAPTER)
