@@ -67,7 +67,7 @@ class RealImages:
     def __init__(
         self, real: Iterable[Tensor], extractor: nn.Module, resize: str, device: torch.device | str = "cpu"
     ) -> None:
-        _choose_resize(extractor, resize)
+        choose_resize(extractor, resize)
         batches = iter(real)
         first = next(batches, None)
         if first is None:
@@ -118,7 +118,11 @@ class _Features(nn.Module):
         return features.cpu().double()
 
 
-def _choose_resize(extractor: nn.Module, resize: str) -> None:
+def choose_resize(extractor: nn.Module, resize: str) -> None:
+    """Set how an extractor brings images to its size.
+
+    Raises: GuidanceError: if `resize` does not suit it.
+    """
     known = RESIZES if isinstance(extractor, NoTrainInceptionV3) else ("none",)
     if resize not in known:
         expected = " or ".join(repr(each) for each in known)

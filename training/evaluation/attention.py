@@ -1,0 +1,50 @@
+"""Cross-attention to a prompt that the whole batch shares: its keys and values are computed once, not in each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SharedPromptAttention:
+    """A diffusers attention processor for one text, expanded over the batch.
+
+    Keys and values depend on the text alone, so they are kept; the queries of all images attend to them as one long
+    sequence, which changes no row's softmax. At 8 x 8 latents this is half of a UNet's work. The module's weights may
+    not change meanwhile.
+    """
+
+    def __init__(self) -> None:
+        # By place in memory. The text is kept with them, so that no other tensor comes to lie there.
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return what diffusers' own processor does, (B, N, C), for hidden_states (B, N, C) and one text (B, T, D)."""
+        if encoder_hidden_states.stride(0) and len(encoder_hidden_states) > 1:
+            raise ValueError("the texts of a batch differ, expected one text expanded over the batch")
+        place = encoder_hidden_states.data_ptr()
+        if place not in self._kept:
+            row = encoder_hidden_states[:1]
+            self._kept[place] = (encoder_hidden_states, _heads(attn.to_k(row), attn), _heads(attn.to_v(row), attn))
+        _, key, value = self._kept[place]
+        batch, length, _ = hidden_states.shape
+        query = _heads(attn.to_q(hidden_states).flatten(0, 1)[None], attn)  # [1, heads, B N, C / heads]
+        mixed = scaled_dot_product_attention(query, key, value)
+        mixed = mixed[0].transpose(0, 1).reshape(batch, length, -1)
+        output: Tensor = attn.to_out[1](attn.to_out[0](mixed))
+        return output
+
+
+def share_prompts(unet: nn.Module) -> None:
+    """Let a diffusers UNet or ControlNet take one text for each whole batch, as `concept.predict` gives it."""
+    processors = unet.attn_processors  # none of a null-text block, which is no attention
+    shared = {name: SharedPromptAttention() if ".attn2." in name else each for name, each in processors.items()}
+    unet.set_attn_processor(shared)  # type: ignore[operator]
+
+
+def _heads(sequence: Tensor, attn: Any) -> Tensor:
+    return sequence.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (1, T, C) -> [1, heads, T, C / heads]

@@ -1,0 +1,85 @@
+"""The metrics of a config, with what they compare with: each is made when it is first asked for, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config, LabelledPrompt
+from .images import RealImages
+from .metrics import fid
+from .metrics.alignment import TABLE3, Classifier, load_classifier
+from .metrics.clip_score import Clip, clip_score, load_clip
+
+_BATCH = 64  # real images that are read at once
+
+
+def labelled_prompts(config: Config) -> tuple[LabelledPrompt, ...]:
+    """Return the prompts of the alignment task."""
+    prompts = config.alignment.prompts
+    if prompts == "table3":
+        return tuple(LabelledPrompt(prompt=prompt, label=label) for prompt, label in TABLE3)
+    return prompts
+
+
+class Measures:
+    """The metrics of an evaluation, for the one process that measures.
+
+    Args:
+        config: the evaluation's.
+        device: where networks run.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+
+    @cached_property
+    def extractor(self) -> nn.Module:
+        """The network whose features FID and diversity compare."""
+        settings = self._config.fid
+        extractor = fid.load_extractor(settings.extractor, self._config.path(settings.extractor_weights))
+        fid.choose_resize(extractor, settings.resize)
+        return extractor.to(self._device)
+
+    @cached_property
+    def real(self) -> fid.RealImages:
+        """The real images' statistics."""
+        settings = self._config.fid
+        images = RealImages(self._config.path(settings.images), "fid.images", self._config.sampling.size)
+        return fid.RealImages(images.batches(_BATCH), self.extractor, settings.resize, self._device)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """What tells whether an attribute is there."""
+        settings = self._config.alignment
+        labels = [prompt.label for prompt in labelled_prompts(self._config)]
+        if self._config.sweep.recipe:
+            labels.append(self._config.sweep.label)
+        weights = self._config.path(settings.classifier_weights)
+        return load_classifier(settings.classifier, weights, labels, self._device)
+
+    @cached_property
+    def clip(self) -> Clip | None:
+        """The CLIP whose score stands beside the alignment, if one is named."""
+        folder = self._config.path(self._config.alignment.clip)
+        return load_clip("alignment.clip", folder, self._device) if folder else None
+
+    def fid(self, batches: Iterable[Tensor]) -> float:
+        """Return the FID of images."""
+        return self.real.fid(batches)
+
+    def aligned(self, images: Tensor, label: str) -> float:
+        """Return the share of images that show what the label says."""
+        return float(self.classifier(images, label).float().mean())
+
+    def clip_score(self, images: Tensor, prompt: str) -> float | None:
+        """Return the mean CLIP score of one prompt's images; None without a CLIP."""
+        return clip_score(images, [prompt] * len(images), self.clip) if self.clip else None
+
+    @torch.no_grad()
+    def features(self, batches: Iterable[Tensor]) -> Tensor:
+        """Return the extractor's features, (N, D)."""
+        return torch.cat([self.extractor(images.to(self._device)).float().cpu() for images in batches])

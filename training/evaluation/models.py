@@ -1,0 +1,177 @@
+"""The networks of an evaluation, each read when it is needed and kept while it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...gcfg.concept_file import compact, describe, unet_in_ldm_keys
+from ...gcfg.errors import GuidanceError
+from ...gcfg.null_text import is_null_text
+from ...gcfg.safetensors_file import LazyStateDict, read_header
+from ...gcfg.unet_keys import ldm_to_diffusers
+from ..concept import null_text_features, to_null_text
+from ..objective import Objective
+from ..prior.architecture import FAMILY_NAMES, family_of
+from ..prior.learned_token import LearnedToken, read_embedding
+from ..prior.model import Prior, open_prior
+from ..prior.unet import find_unet, load_unet
+from .attention import share_prompts
+from .config import PLACEHOLDER, PRIOR, Config, Recipe
+from .controlnet import load_controlnet
+from .sampling import Guidance, Prediction, take_hints
+from .texts import Texts
+
+if TYPE_CHECKING:
+    from ..prior.vae import Autoencoder
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRAINED_KEY = "gcfg.trained_parameters"  # in the metadata of what `gcfg train` exports
+
+
+class Models:
+    """What a config's recipes name.
+
+    Args:
+        config: the evaluation's.
+        device: where the networks run.
+
+    Raises: GuidanceError: one sentence, naming the setting whose file is missing or does not fit.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self.device = config, device
+        self._dtype = _DTYPES[config.sampling.precision]
+        self.prior = _open(config)
+        self.objective = Objective.of(self.prior.prediction, self.prior.zero_terminal_snr)
+        place = torch.empty(0, device=device, dtype=self._dtype)
+        settings = config.prior
+        self._texts = Texts(self.prior, config.path(settings.text_encoder), config.path(settings.tokenizer), place)
+        self._unets: dict[str, nn.Module] = {}
+        self._words: dict[str, LearnedToken] = {}
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        """The autoencoder, in float32."""
+        vae = self.prior.load_vae(self._config.path(self._config.prior.vae))
+        vae.to(self.device)
+        return vae
+
+    @cached_property
+    def control(self) -> tuple[nn.Module, nn.Module]:
+        """The ControlNet, and its layers that read images, see `take_hints`."""
+        path = self._config.path(self._config.prior.controlnet)
+        if path is None:
+            raise GuidanceError(
+                "prior.controlnet is not set, expected a ControlNet, for a term has control = true; set it."
+            )
+        source = self.prior.source("controlnet", path)
+        controlnet = load_controlnet(path, self.prior.unet.config, source, self._dtype).to(self.device)
+        share_prompts(controlnet)
+        return controlnet, take_hints(controlnet)
+
+    def guidance(self, recipe: Recipe, weights: tuple[float, ...], prompt: str = "") -> Guidance:
+        """Return a recipe's networks and what they read.
+
+        Args:
+            recipe: the method's.
+            weights: one for each term.
+            prompt: the task's, for '{prompt}'.
+        """
+        return Guidance(
+            self._prediction(recipe.base, recipe.unconditional, control=False),
+            tuple(
+                self._prediction(term.model, term.prompt.replace(PLACEHOLDER, prompt), term.control)
+                for term in recipe.terms
+            ),
+            weights,
+        )
+
+    def keep(self, names: Collection[str]) -> None:
+        """Let go of all UNets but these and the prior's."""
+        for name in set(self._unets) - {*names, PRIOR}:
+            del self._unets[name]
+
+    def _prediction(self, name: str, prompt: str, control: bool) -> Prediction:
+        word = self._word(name)
+        unet = self._unet(PRIOR if word else name)
+        text = self._texts.without_text if is_null_text(unet) else self._texts.conditions(prompt, word)
+        # A ControlNet is the prior's: it reads text beside a null-text UNet too.
+        return Prediction(unet, text, self._texts.conditions(prompt, word) if control else None)
+
+    def _word(self, name: str) -> LearnedToken | None:
+        model = self._config.models.get(name)
+        if model is None or not model.embedding:
+            return None
+        if name not in self._words:
+            path = self._config.path(model.embedding)
+            assert path
+            self._words[name] = read_embedding(path, model.token, f"models.{name}.embedding {str(path)!r}")
+        return self._words[name]
+
+    def _unet(self, name: str) -> nn.Module:
+        if name not in self._unets:
+            path = self._config.path(self._config.models[name].unet) if name != PRIOR else None
+            unet = read_unet(path, self.prior, f"models.{name}.unet {str(path)!r}") if path else self.prior.load_unet()
+            unet.to(self.device, self._dtype).requires_grad_(False)
+            share_prompts(unet)
+            self._unets[name] = unet
+        return self._unets[name]
+
+
+def read_unet(path: Path, prior: Prior, source: str) -> nn.Module:
+    """Read a UNet of the prior's family, in whatever form its file has.
+
+    Raises: GuidanceError: if there is none, or one of another family.
+    """
+    header = None if path.is_dir() else read_header(path, source)
+    if header is None or describe(LazyStateDict(path), header.metadata, source).form == "ordinary":
+        found = find_unet(path, source)
+        if (family_of(found.config), found.config["cross_attention_dim"]) != (prior.family, prior.context_dim):
+            raise _another_architecture(source, prior)
+        return load_unet(found)
+    return _read_null_text(path, prior, source)
+
+
+def trained_parameters(path: Path, source: str) -> int | None:
+    """Return the number of trained parameters that a model's file states, or None."""
+    if path.is_dir():
+        return None
+    stated = read_header(path, source).metadata.get(TRAINED_KEY, "")
+    return int(stated) if stated.isdecimal() else None
+
+
+def _read_null_text(path: Path, prior: Prior, source: str) -> nn.Module:
+    unet = prior.load_unet()
+    to_null_text(unet, null_text_features(unet, "zero"))
+    lazy = LazyStateDict(path)
+    weights = compact(unet_in_ldm_keys(lazy, describe(lazy, source=source)))
+    own = unet.state_dict()
+    weights = {key: value for key, value in ldm_to_diffusers(weights, own).items() if key in own}
+    try:
+        unet.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _another_architecture(source, prior) from error
+    return unet
+
+
+def _open(config: Config) -> Prior:
+    checkpoint = config.path(config.prior.checkpoint)
+    if checkpoint is None:
+        raise GuidanceError("prior.checkpoint is not set, expected an SD1.x, SD2.x or SDXL checkpoint; set it.")
+    prior = open_prior(checkpoint, "prior")
+    stated = config.prior.prediction
+    return prior if stated == "auto" else replace(prior, prediction=stated)
+
+
+def _another_architecture(source: str, prior: Prior) -> GuidanceError:
+    return GuidanceError(
+        f"{source} is of another architecture than the {FAMILY_NAMES[prior.family]} prior {prior.path.name!r}; use a "
+        "model that was trained from this prior."
+    )

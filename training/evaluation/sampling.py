@@ -1,0 +1,150 @@
+"""Images of a guidance: any number of networks around one base, by DPM-Solver++, a batch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...gcfg.combine import combine
+from ...gcfg.plan import ActiveTerm, needs_base
+from ..concept import Conditions, predict
+from ..objective import Objective
+from ..samples import Denoise, _scheduler
+
+if TYPE_CHECKING:
+    from ..prior.vae import Autoencoder
+
+_DECODED_PIXELS = 1 << 21  # of the images that pass the VAE at once: 512 of 64 x 64, 8 of 512 x 512
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One evaluation of a network in a step.
+
+    Attributes:
+        unet: the network.
+        conditions: what it reads.
+        control: what the ControlNet reads that is applied to it, or None for no ControlNet.
+    """
+
+    unet: nn.Module
+    conditions: Conditions
+    control: Conditions | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Equal for two that predict the same."""
+        return id(self.unet), id(self.conditions), id(self.control)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """denoised = base + sum_i w_i (term_i - base)        # GCFG, Cao et al. 2023, Eq. 3.
+
+    Attributes:
+        base: the unconditional prediction.
+        terms: the conditional ones.
+        weights: one for each term; where it is 0 the term is not evaluated.
+    """
+
+    base: Prediction
+    terms: tuple[Prediction, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet and its condition, of which the layers that read images have been applied.
+
+    Attributes:
+        controlnet: a ControlNetModel from `take_hints`.
+        hint: (B, C, H / 8, W / 8).
+    """
+
+    controlnet: nn.Module
+    hint: Tensor
+
+
+def denoiser(guidance: Guidance, objective: Objective, control: Control | None = None) -> Denoise:
+    """Return the guided prediction as a function of x and t; a step evaluates each network once, and only if it counts.
+
+    The coefficients sum to one, so the networks' outputs are combined as they are: eps, v or flow.
+    """
+    active = [ActiveTerm(i, w, None, str(i + 1)) for i, w in enumerate(guidance.weights) if w]
+
+    def denoised(x: Tensor, t: Tensor) -> Tensor:
+        outputs: dict[tuple[int, int, int], Tensor] = {}
+        residuals: dict[int, Any] = {}
+
+        def output(of: Prediction) -> Tensor:
+            if of.key not in outputs:
+                outputs[of.key] = _output(of, x, t, control, residuals)
+            return outputs[of.key]
+
+        base = output(guidance.base) if needs_base(active) else None
+        guided = combine(base, [output(guidance.terms[term.index]) for term in active], active)
+        return objective.denoised(x, guided, t)
+
+    return denoised
+
+
+def _output(of: Prediction, x: Tensor, t: Tensor, control: Control | None, residuals: dict[int, Any]) -> Tensor:
+    """Evaluate a network in its own number format; terms that read the same text share the ControlNet's residuals."""
+    unet = of.unet
+    x = x.to(next(unet.parameters()).dtype)
+    if of.control is not None:
+        if control is None:
+            raise ValueError("a term asks for a ControlNet, and there is none")
+        if id(of.control) not in residuals:
+            residuals[id(of.control)] = _residuals(control, x, t, of.control)
+        down, middle = residuals[id(of.control)]
+        unet = partial(unet, down_block_additional_residuals=down, mid_block_additional_residual=middle)  # type: ignore[assignment]
+    return predict(unet, x, t, of.conditions).float()
+
+
+def _residuals(control: Control, x: Tensor, t: Tensor, conditions: Conditions) -> Any:
+    def both(*args: Any, **kwargs: Any) -> tuple[Any]:
+        return (control.controlnet(*args, controlnet_cond=control.hint.to(x), **kwargs),)  # `predict` takes the first
+
+    return predict(both, x, t, conditions)  # type: ignore[arg-type]
+
+
+def take_hints(controlnet: nn.Module) -> nn.Module:
+    """Take the layers that read the condition out of a ControlNet: they need no t, so once a batch is enough."""
+    layers: nn.Module = controlnet.controlnet_cond_embedding  # type: ignore[assignment]
+    controlnet.controlnet_cond_embedding = nn.Identity()
+    return layers
+
+
+@torch.inference_mode()
+def sample(denoised: Denoise, x: Tensor, objective: Objective, steps: int) -> Tensor:
+    """Sample latents.
+
+    Args:
+        denoised: the prediction, as `denoiser` gives it.
+        x: standard normal noise, (B, C, H, W).
+        objective: the schedule.
+        steps: of DPM-Solver++ (2M).
+
+    Returns: latents in the UNet's scale, (B, C, H, W).
+    """
+    scheduler = _scheduler(objective)
+    scheduler.set_timesteps(steps, device=x.device)
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoised(x, t.expand(len(x))), t, x, return_dict=False)[0]
+    return x
+
+
+@torch.inference_mode()
+def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Return the images of latents in the UNet's scale, (B, 3, H, W) uint8, on the CPU."""
+    pixels_each = 64 * latents.shape[-2] * latents.shape[-1]
+    images = []
+    for part in torch.split(latents / vae.config.scaling_factor, max(1, _DECODED_PIXELS // pixels_each)):
+        pixels = vae.decode(part.to(vae.dtype)).sample.float()
+        images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    return torch.cat(images)
