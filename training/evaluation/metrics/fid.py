@@ -56,6 +56,23 @@ def fid(
     return RealImages(real, extractor, resize, device).fid(fake)
 
 
+def choose_resize(extractor: nn.Module, resize: str) -> None:
+    """Set how the Inception network resizes.
+
+    Raises: GuidanceError: if the resize does not suit the extractor.
+    """
+    """Set how an extractor brings images to its size.
+
+    Raises: GuidanceError: if `resize` does not suit it.
+    """
+    known = RESIZES if isinstance(extractor, NoTrainInceptionV3) else ("none",)
+    if resize not in known:
+        expected = " or ".join(repr(each) for each in known)
+        raise GuidanceError(f"fid.resize is {resize!r}, expected {expected} with this fid.extractor.")
+    if isinstance(extractor, NoTrainInceptionV3):
+        extractor.use_antialias = resize == "torchmetrics"
+
+
 class RealImages:
     """The statistics of the real images, taken once and compared with many sets.
 
@@ -116,19 +133,6 @@ class _Features(nn.Module):
         if not features.isfinite().all():
             raise GuidanceError("fid.extractor gave features that are not finite; check fid.extractor_weights.")
         return features.cpu().double()
-
-
-def choose_resize(extractor: nn.Module, resize: str) -> None:
-    """Set how an extractor brings images to its size.
-
-    Raises: GuidanceError: if `resize` does not suit it.
-    """
-    known = RESIZES if isinstance(extractor, NoTrainInceptionV3) else ("none",)
-    if resize not in known:
-        expected = " or ".join(repr(each) for each in known)
-        raise GuidanceError(f"fid.resize is {resize!r}, expected {expected} with this fid.extractor.")
-    if isinstance(extractor, NoTrainInceptionV3):
-        extractor.use_antialias = resize == "torchmetrics"
 
 
 def _inception(weights: Path | None) -> nn.Module:
