@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from ..gcfg.errors import GuidanceError
-
 try:
     import typer
 
+    from .command_errors import one_sentence
     from .config import fields
     from .config_file import load_config
+    from .evaluation.cli import app as evaluate
 except ModuleNotFoundError as error:  # the nodes do not need them, so the plain install leaves them out
     raise SystemExit(
         f"gcfg needs {error.name}, which was not found; install it with: pip install 'comfyui_gcfg[train]'"
     ) from error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(evaluate, name="evaluate")
 
 
 class Form(str, Enum):
@@ -68,7 +67,7 @@ def gcfg() -> None:
 @app.command("cache", epilog=_SETTINGS)
 def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
-    with _one_sentence():
+    with one_sentence():
         settings = load_config(config, overrides or ())
         from .data.encode_images import encode_images, told
         from .processes import join_processes
@@ -90,7 +89,7 @@ def train_command(
 
     On several GPUs: `accelerate launch --multi_gpu --no_python gcfg train CONFIG`, or torchrun with --no-python.
     """
-    with _one_sentence():
+    with one_sentence():
         settings = load_config(config, overrides or ())
         if dry_run:
             from .dry_run import dry_run as measure
@@ -124,7 +123,7 @@ def export_command(
     dtype: Annotated[DType, typer.Option(help="Number format of the file.")] = DType.fp16,
 ) -> None:
     """Write the model file of a run: a UNet that ComfyUI loads."""
-    with _one_sentence():
+    with one_sentence():
         from .trained import export_run
 
         typer.echo(export_run(source, output, form.value, weights.value, dtype.value))
@@ -136,7 +135,7 @@ def validate_command(
     resolution: Annotated[int | None, typer.Option(help="Name images smaller than this many pixels.")] = None,
 ) -> None:
     """Look at every image, or every cached latent, and tell what is wrong with it; nothing is changed."""
-    with _one_sentence():
+    with one_sentence():
         from .data.validate import validate
 
         report = validate(data, resolution)
@@ -150,20 +149,10 @@ def inspect_command(
     file: Annotated[Path, typer.Argument(help="A .safetensors file: a UNet, a concept model or a whole checkpoint.")],
 ) -> None:
     """Tell what a UNet file is: its form, key naming, prefix, blocks, size and metadata."""
-    with _one_sentence():
+    with one_sentence():
         from .inspect_file import inspect_file, report
 
         typer.echo(report(inspect_file(file)))
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turn an error meant for the user into its one sentence and exit code 1."""
-    try:
-        yield
-    except GuidanceError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -51,7 +51,7 @@ def read_toml(path: Path, overrides: Sequence[str], names: Sequence[str]) -> dic
     except (OSError, UnicodeDecodeError) as error:
         raise GuidanceError(f"{str(path)!r} cannot be read ({error}), expected a TOML config file.") from error
     try:
-        values = tomllib.loads(text)
+        values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise GuidanceError(f"{str(path)!r} is not valid TOML: {error}; correct that line.") from error
     for option in overrides:

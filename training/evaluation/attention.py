@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -39,12 +39,13 @@ class SharedPromptAttention:
         return output
 
 
-def share_prompts(unet: nn.Module) -> None:
+def share_prompts(unet: Any) -> None:
     """Let a diffusers UNet or ControlNet take one text for each whole batch, as `concept.predict` gives it."""
     processors = unet.attn_processors  # none of a null-text block, which is no attention
     shared = {name: SharedPromptAttention() if ".attn2." in name else each for name, each in processors.items()}
-    unet.set_attn_processor(shared)  # type: ignore[operator]
+    unet.set_attn_processor(shared)
 
 
 def _heads(sequence: Tensor, attn: Any) -> Tensor:
-    return sequence.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (1, T, C) -> [1, heads, T, C / heads]
+    batch, length, width = sequence.shape
+    return sequence.view(batch, length, attn.heads, width // attn.heads).transpose(1, 2)  # [1, heads, T, C / heads]

@@ -83,6 +83,21 @@ def batches(folder: Path, prompt: int, count: int, batch_size: int) -> Iterator[
         yield read_shard(shard.path(folder))
 
 
+def read_image_of(folder: Path, prompt: int, number: int) -> Tensor:
+    """Return one image, (3, H, W) uint8.
+
+    Raises: GuidanceError: if it is not there.
+    """
+    for path in sorted(folder.glob(f"{prompt:03d}-*.zip")):
+        start, stop = (int(part) for part in path.stem.split("-")[1:])
+        if start <= number < stop:
+            return read_shard(path)[number - start]
+    raise GuidanceError(
+        f"{str(folder)!r} has no image {number} of prompt {prompt}, expected those of the stored result; delete the "
+        "result's JSON and run the same evaluation again."
+    )
+
+
 def picture(image: Tensor) -> Image.Image:
     """Return an image (3, H, W) uint8 as Pillow's."""
     return Image.fromarray(image.permute(1, 2, 0).numpy())

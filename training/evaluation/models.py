@@ -135,7 +135,8 @@ def read_unet(path: Path, prior: Prior, source: str) -> nn.Module:
         found = find_unet(path, source)
         if (family_of(found.config), found.config["cross_attention_dim"]) != (prior.family, prior.context_dim):
             raise _another_architecture(source, prior)
-        return load_unet(found)
+        unet: nn.Module = load_unet(found)
+        return unet
     return _read_null_text(path, prior, source)
 
 
@@ -148,7 +149,7 @@ def trained_parameters(path: Path, source: str) -> int | None:
 
 
 def _read_null_text(path: Path, prior: Prior, source: str) -> nn.Module:
-    unet = prior.load_unet()
+    unet: nn.Module = prior.load_unet()
     to_null_text(unet, null_text_features(unet, "zero"))
     lazy = LazyStateDict(path)
     weights = compact(unet_in_ldm_keys(lazy, describe(lazy, source=source)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
@@ -24,6 +25,28 @@ from .tasks import TASKS, Task
 
 RESULTS, IMAGES = "results", "images"
 _GENERATION = 1  # raised when the same settings give other images
+
+Value = TypeVar("Value")
+Files = Mapping[str, Mapping[str, str]]  # path and sha256 by the setting that names the file
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What some weights give.
+
+    Attributes:
+        numbers: of all images.
+        details: of each prompt.
+        folder: of the images, below the output's.
+        paths: the images' files.
+        seconds: that all took, of all processes together.
+    """
+
+    numbers: dict[str, float]
+    details: list[dict[str, Any]]
+    folder: str
+    paths: list[Path]
+    seconds: float
 
 
 class Evaluation:
@@ -68,110 +91,134 @@ class Evaluation:
         task = TASKS[name](self.config)
         path = self.folder / RESULTS / f"{name}-{method}.json"
         files = self.files(recipe, task)
-        decides = {
-            **self.image_values(recipe, task, files),
-            "settings": task.settings,
-            "files": files,
-            "format": FORMAT,
-        }
-        stored = self.told(lambda: _current(path, decides))
-        return stored or self._measured(task, method, recipe, files, path, fingerprint(decides))
+        decides = self.fingerprint(recipe, task, files)
+        stored = self.stored(path, decides)
+        result = stored or {**self._searched(task, method, recipe, files), "fingerprint": decides}
+        settings = self.config.methods[method]  # words decide no number
+        result |= {"title": settings.title or method, "group": settings.group}
+        if result != stored and self.is_main:
+            write_result(path, result)
+        return result
 
-    def _measured(
-        self, task: Task, method: str, recipe: Recipe, files: Mapping[str, Any], path: Path, print_: str
-    ) -> dict[str, Any]:
+    def _searched(self, task: Task, method: str, recipe: Recipe, files: Files) -> dict[str, Any]:
+        """Search the weights, and measure the best ones in full."""
         if self.is_main:
             task.prepare(self.measures)
-        name = f"{task.name}-{method}"
         choices = grid(recipe)
         trials: list[dict[str, Any]] = []
         seconds = 0.0
-        if len(choices) > 1:
-            for weights in choices:
-                numbers, _, _, took = self._numbers(task, name, recipe, weights, files, search=True)
-                trials.append({"weights": list(weights), **numbers})
-                seconds += took
+        for weights in choices if len(choices) > 1 else ():
+            trial = self.measured(task, method, recipe, weights, files, search=True)
+            trials.append({"weights": list(weights), **trial.numbers})
+            seconds += trial.seconds
         chosen = choices[task.choose(trials)] if trials else choices[0]
-        numbers, details, images, took = self._numbers(task, name, recipe, chosen, files, search=False)
-        result = {
+        measured = self.measured(task, method, recipe, chosen, files)
+        return {
             "format": FORMAT,
             "task": task.name,
             "method": method,
-            **self._words(method),
+            "title": "",
+            "group": "",
             "parameters": self._parameters(recipe),
             "recipe": with_weights(recipe, chosen),
             "rule": task.rule if trials else "",
             "search": trials,
-            "numbers": numbers,
-            "details": details,
+            "numbers": measured.numbers,
+            "details": measured.details,
             "count": sum(task.counts(search=False)),
             "seed": self.config.sampling.seed,
-            "images": images,
+            "images": measured.folder,
             **self.provenance(files),
-            "fingerprint": print_,
-            "seconds": round(seconds + took, 1),
+            "seconds": round(seconds + measured.seconds, 1),
         }
-        if self.is_main:
-            write_result(path, result)
-        return result
 
-    def _numbers(
-        self,
-        task: Task,
-        name: str,
-        recipe: Recipe,
-        weights: tuple[float, ...],
-        files: Mapping[str, Any],
-        search: bool,
-    ) -> tuple[dict[str, float], list[dict[str, Any]], str, float]:
-        """Return numbers, details, the images' folder below the output, and the seconds that all took."""
-        order = Order(recipe, weights, task.prompts, task.counts(search), task.hints)
-        key = fingerprint(self.image_values(recipe, task, files, weights))[:12]
-        folder = self.folder / IMAGES / f"{name}-{key}"
-        paths = self.generate(order, folder, name)
+    def measured(
+        self, task: Task, method: str, recipe: Recipe, weights: tuple[float, ...], files: Files, search: bool = False
+    ) -> Measured:
+        """Make the images of some weights with all processes, and measure them with the main one."""
+        name = f"{task.name}-{method}" if method else task.name
+        folder = self.folder / IMAGES / f"{name}-{fingerprint(self._image_values(recipe, task, files, weights))[:12]}"
+        paths = generate(
+            Order(recipe, weights, task.prompts, task.counts(search), task.hints),
+            folder,
+            lambda: self._models_of(recipe),
+            self.config.sampling,
+            " ".join([name, *(f"{weight:g}" for weight in weights)]),
+        )
 
-        def measure() -> tuple[dict[str, float], list[dict[str, Any]], str, float]:
+        def measure() -> Measured:
             began = time.perf_counter()
             numbers, details = task.measure(folder, search, self.measures)
             seconds = time.perf_counter() - began + sum(map(seconds_of, paths))
-            return numbers, details, folder.relative_to(self.folder).as_posix(), seconds
+            return Measured(numbers, details, folder.relative_to(self.folder).as_posix(), paths, seconds)
 
-        return self.told(measure)
+        return self._told(measure)
 
-    def generate(self, order: Order, folder: Path, name: str) -> list[Path]:
-        """Make the images of an order, with all processes."""
-        names = models_of(order.recipe)
+    def stored(self, path: Path, decides: str) -> dict[str, Any] | None:
+        """Return the result in a file if nothing that decides it has changed."""
 
-        def models() -> Models:
-            self.models.keep(names)
-            return self.models
+        def current() -> dict[str, Any] | None:
+            result = read_result(path)
+            return result if result and result.get("fingerprint") == decides else None
 
-        title = " ".join([name, *(f"{weight:g}" for weight in order.weights)])
-        return generate(order, folder, models, self.config.sampling, title)
+        return self._told(current)
 
-    def files(self, recipe: Recipe, task: Task | None = None) -> dict[str, dict[str, str]]:
-        """Return path and hash of every file that decides a result, by the setting that names it."""
-        named = {f"prior.{key}": getattr(self.config.prior, key) for key in ("checkpoint", "vae", "text_encoder")}
-        named["prior.tokenizer"] = self.config.prior.tokenizer
+    def fingerprint(self, recipe: Recipe, task: Task, files: Files) -> str:
+        """Return a hash over all that decides a result."""
+        hashes = {key: file["sha256"] for key, file in files.items()}
+        made = self._image_values(recipe, task, files)
+        return fingerprint({**made, "settings": task.settings, "files": hashes, "format": FORMAT})
+
+    def files(self, recipe: Recipe, task: Task) -> Files:
+        """Return path and hash of every file that decides a result.
+
+        Raises: GuidanceError: if one is not there.
+        """
+        keys = [f"prior.{key}" for key in ("checkpoint", "vae", "text_encoder", "tokenizer")]
         if any(term.control for term in recipe.terms):
-            named["prior.controlnet"] = self.config.prior.controlnet
-        for name in models_of(recipe) - {PRIOR}:
+            keys.append("prior.controlnet")
+        named = {key: self._setting(key) for key in (*keys, *task.real_settings, *task.metric_settings)}
+        for name in models_of(recipe):
             model = self.config.models[name]
-            key = "unet" if model.unet else "embedding"
-            named[f"models.{name}.{key}"] = getattr(model, key)
-        keys = (*task.real_settings, *task.metric_settings) if task else ("fid.images", "fid.extractor_weights")
-        for key in keys:
-            section, _, setting = key.partition(".")
-            named[key] = getattr(getattr(self.config, section), setting)
+            named[f"models.{name}.{'unet' if model.unet else 'embedding'}"] = model.unet or model.embedding
 
-        def hashed() -> dict[str, dict[str, str]]:
-            found = {
-                key: {"path": path, "sha256": self._hash(key, path)} for key, path in sorted(named.items()) if path
-            }
+        def hashed() -> Files:
+            there = {key: path for key, path in sorted(named.items()) if path}
+            found = {key: {"path": path, "sha256": self._hash(key, path)} for key, path in there.items()}
             self._hashes.save()
             return found
 
-        return self.told(hashed)
+        return self._told(hashed)
+
+    def provenance(self, files: Files) -> dict[str, Any]:
+        """Return what a result says of its origin."""
+        config = self.config.model_dump(mode="json", exclude_none=True)
+        return {"config": config, "files": files, "versions": versions()}
+
+    def _image_values(
+        self, recipe: Recipe, task: Task, files: Files, weights: Sequence[float] | None = None
+    ) -> dict[str, Any]:
+        """Return all that decides images, whatever their number; without weights, those of a whole search."""
+        shown = recipe.model_dump(mode="json") if weights is None else with_weights(recipe, weights)
+        sections = ("prior.", "models.", "canny.") if task.hints else ("prior.", "models.")
+        return {
+            "generation": _GENERATION,
+            "recipe": {**shown, "terms": [{**term, "label": ""} for term in shown["terms"]]},
+            "sampling": self.config.sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "prediction": self.config.prior.prediction,
+            "tokens": {name: self.config.models[name].token for name in sorted(models_of(recipe))},
+            "task": task.image_settings,
+            "files": {key: file["sha256"] for key, file in files.items() if key.startswith(sections)},
+        }
+
+    def _models_of(self, recipe: Recipe) -> Models:
+        self.models.keep(models_of(recipe))
+        return self.models
+
+    def _setting(self, key: str) -> str:
+        section, _, name = key.partition(".")
+        setting: str = getattr(getattr(self.config, section), name)
+        return setting
 
     def _hash(self, key: str, setting: str) -> str:
         path = self.config.path(setting)
@@ -180,50 +227,22 @@ class Evaluation:
             return self._hashes.of_images(path, key, self.config.canny.count if key == "canny.images" else None)
         return self._hashes.of(path, key)
 
-    def image_values(
-        self, recipe: Recipe, task: Task, files: Mapping[str, Mapping[str, str]], weights: Sequence[float] | None = None
-    ) -> dict[str, Any]:
-        """Return all that decides images, how many apart; without weights all of a search's."""
-        shown = recipe.model_dump(mode="json") if weights is None else with_weights(recipe, weights)
-        sections = ("prior.", "models.", "canny.") if task.hints else ("prior.", "models.")
-        return {
-            "generation": _GENERATION,
-            "recipe": {**shown, "terms": [{**term, "label": ""} for term in shown["terms"]]},
-            "sampling": self.config.sampling.model_dump(mode="json", exclude={"batch_size"}),
-            "prediction": self.config.prior.prediction,
-            "tokens": {name: self.config.models[name].token for name in sorted(models_of(recipe) - {PRIOR})},
-            "task": task.image_settings,
-            "files": {key: file["sha256"] for key, file in files.items() if key.startswith(sections)},
-        }
-
-    def provenance(self, files: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a result says of its origin."""
-        config = self.config.model_dump(mode="json", exclude_none=True)
-        return {"config": config, "files": dict(files), "versions": versions()}
-
-    def _words(self, method: str) -> dict[str, str]:
-        settings = self.config.methods[method]
-        return {"title": settings.title or method, "group": settings.group}
-
     def _parameters(self, recipe: Recipe) -> int | None:
-        """Return the trained parameters of all models beside the prior, None if one does not say."""
-        total = 0
-        for name in models_of(recipe) - {PRIOR}:
+        """Return the trained parameters of all models beside the prior; None if one does not say."""
+        counts = []
+        for name in models_of(recipe):
             model = self.config.models[name]
             path = self.config.path(model.unet or model.embedding)
             assert path
-            stated = model.parameters
-            found = trained_parameters(path, f"models.{name}") if stated is None else stated
-            if found is None:
-                return None
-            total += found
-        return total
+            counts.append(trained_parameters(path, f"models.{name}") if model.parameters is None else model.parameters)
+        return None if None in counts else sum(counts)  # type: ignore[arg-type]
 
-    def told(self, value: Any) -> Any:
-        """Return what a function returns in the main process, in all of them."""
-        held = [value() if self.is_main else None]
+    def _told(self, value: Callable[[], Value]) -> Value:
+        """Return in all processes what a function returns in the main one."""
+        held: list[Any] = [value() if self.is_main else None]
         broadcast_object_list(held)
-        return held[0]
+        told: Value = held[0]
+        return told
 
 
 def grid(recipe: Recipe) -> list[tuple[float, ...]]:
@@ -233,16 +252,11 @@ def grid(recipe: Recipe) -> list[tuple[float, ...]]:
 
 
 def models_of(recipe: Recipe) -> set[str]:
-    """Return the names of the models that a recipe uses."""
-    return {recipe.base, *(term.model for term in recipe.terms)}
+    """Return the names of the models that a recipe uses beside the prior."""
+    return {recipe.base, *(term.model for term in recipe.terms)} - {PRIOR}
 
 
 def with_weights(recipe: Recipe, weights: Sequence[float]) -> dict[str, Any]:
     """Return a recipe with one weight for each term."""
     terms = tuple(term.model_copy(update={"weight": w}) for term, w in zip(recipe.terms, weights, strict=True))
     return recipe.model_copy(update={"terms": terms}).model_dump(mode="json")
-
-
-def _current(path: Path, print_: str) -> dict[str, Any] | None:
-    stored = read_result(path)
-    return stored if stored and stored.get("fingerprint") == print_ else None

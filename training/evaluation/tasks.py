@@ -41,7 +41,7 @@ class Task(ABC):
         hints: the conditions of images, where the task has them.
     """
 
-    name: schema.Task
+    name: str
     rule = ""
     prompts: Sequence[str] = ("",)
     hints: Hints | None = None
@@ -150,11 +150,13 @@ class Alignment(Task):
         each = []
         for place, asked in enumerate(self._asked):
             images = concatenated(self.images(folder, place, search))
-            found = {**asked.model_dump(), "alignment": measures.aligned(images, asked.label)}
+            found: dict[str, Any] = {**asked.model_dump(), "alignment": measures.aligned(images, asked.label)}
             if not search and (score := measures.clip_score(images, asked.prompt)) is not None:
                 found["clip_score"] = score
             each.append(found)
-        numbers = {key: fmean(found[key] for found in each) for key in ("alignment", "clip_score") if key in each[0]}
+        numbers: dict[str, float] = {
+            key: fmean(found[key] for found in each) for key in ("alignment", "clip_score") if key in each[0]
+        }
         together = (part for place in range(len(self.prompts)) for part in self.images(folder, place, search))
         return {**numbers, "fid": measures.fid(together)}, each
 
@@ -257,7 +259,7 @@ class Diversity(Task):
 
     def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Mean distance of two images of a prompt, and how many different ones there are; mean over the prompts."""
-        each = []
+        each: list[dict[str, Any]] = []
         for place, prompt in enumerate(self.prompts):
             features = measures.features(self.images(folder, place, search))
             each.append({"prompt": prompt, "diversity": diversity(features), "vendi": vendi(features)})

@@ -1,0 +1,173 @@
+"""`gcfg evaluate`: the paper's tables, from a config that names models, methods and real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...gcfg.errors import GuidanceError
+from ..command_errors import one_sentence
+from .config import TASKS, Config, Task, fields
+from .config_file import load_config
+
+if TYPE_CHECKING:
+    from .run import Evaluation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure fidelity and control of models, with the paper's metrics. Every number is kept as JSON with its "
+    "config, seed and file hashes; a broken-off command goes on where it was. On several GPUs: `accelerate launch "
+    "--multi_gpu --no_python gcfg evaluate ...`, or torchrun with --no-python.",
+)
+
+# `\b` keeps the lines of the paragraph that follows it as they are.
+_SETTINGS = "\b\nSettings of the config file, and of --set:\n" + "\n".join(
+    f"  {name} = {default!r}\n      {text}" for name, default, text in fields()
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The evaluation's TOML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, for example fid.count=1000; repeatable."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME", help="Only this method of the config; repeatable."),
+]
+
+
+@app.command("fid", epilog=_SETTINGS)
+def fid_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+    """Fidelity: FID of each method's unconditional images."""
+    _measure(config, overrides, method, ("fid",))
+
+
+@app.command("alignment", epilog=_SETTINGS)
+def alignment_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+    """Control by text: how often the attribute that was prompted is in the image."""
+    _measure(config, overrides, method, ("alignment",))
+
+
+@app.command("canny", epilog=_SETTINGS)
+def canny_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+    """Control by edges: those of the condition against those of the image."""
+    _measure(config, overrides, method, ("canny",))
+
+
+@app.command("diversity", epilog=_SETTINGS)
+def diversity_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+    """How much the images of one prompt differ."""
+    _measure(config, overrides, method, ("diversity",))
+
+
+@app.command("sweep", epilog=_SETTINGS)
+def sweep_command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """FID and alignment over the plane of two weights, and an image of each pair."""
+    with _evaluation(config, overrides) as evaluation:
+        _sweep(evaluation)
+
+
+@app.command("tables", epilog=_SETTINGS)
+def tables_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+    """Everything: each task for each method, the sweep, and the report."""
+    with _evaluation(config, overrides) as evaluation:
+        _run(evaluation, TASKS, method)
+        if evaluation.config.sweep.recipe:
+            _sweep(evaluation)
+        if evaluation.is_main:
+            _report(evaluation.config)
+
+
+@app.command("report", epilog=_SETTINGS)
+def report_command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write the page of tables and plots from the stored results; nothing is measured."""
+    with one_sentence():
+        _report(load_config(config, overrides or ()))
+
+
+@app.command("abtest", epilog=_SETTINGS)
+def abtest_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    method: Methods = None,
+    trials: Annotated[int, typer.Option(min=1, help="Choices for each task.")] = 20,
+    count: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Count the choices in a file that the page saved.")
+    ] = None,
+) -> None:
+    """Write a page on which your friends choose the best of the methods' images, or count their choices."""
+    with one_sentence():
+        settings = load_config(config, overrides or ())
+        from . import abtest
+        from .comparison import FOLDER, comparison
+
+        folder = settings.output_folder / FOLDER
+        if count:
+            typer.echo(abtest.told(abtest.win_rates(count, abtest.key_of(folder))))
+            return
+        _refuse_unknown(settings, method)
+        typer.echo(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed))
+
+
+def _measure(config: Path, overrides: list[str] | None, methods: list[str] | None, tasks: Sequence[Task]) -> None:
+    with _evaluation(config, overrides) as evaluation:
+        _run(evaluation, tasks, methods)
+
+
+@contextmanager
+def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluation]:
+    with one_sentence():
+        settings = load_config(config, overrides or ())
+        from .run import Evaluation  # torch and diffusers take seconds to import: not before --help is answered
+
+        evaluation = Evaluation(settings)
+        with evaluation.alone():
+            yield evaluation
+
+
+def _run(evaluation: Evaluation, tasks: Sequence[Task], methods: Sequence[str] | None) -> None:
+    _refuse_unknown(evaluation.config, methods)
+    for task in tasks:
+        for method in methods or evaluation.config.methods:
+            result = evaluation.run(task, method)
+            if result and evaluation.is_main:
+                typer.echo(_line(result))
+
+
+def _sweep(evaluation: Evaluation) -> None:
+    from .sweep import run_sweep
+
+    result = run_sweep(evaluation)
+    if evaluation.is_main:
+        typer.echo(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
+
+
+def _report(config: Config) -> None:
+    from .report import write_report
+    from .results import read_results
+    from .run import RESULTS
+
+    page = config.output_folder / "report.md"
+    write_report(read_results(config.output_folder / RESULTS), None, page)
+    typer.echo(page)
+
+
+def _refuse_unknown(config: Config, methods: Sequence[str] | None) -> None:
+    unknown = [name for name in methods or () if name not in config.methods]
+    if unknown:
+        known = ", ".join(repr(name) for name in config.methods) or "none"
+        raise GuidanceError(f"--method {unknown[0]!r} is no method of the config, expected one of {known}.")
+
+
+def _line(result: dict[str, Any]) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result["numbers"].items())
+    line = f"{result['task']} of {result['title']}: {numbers} ({result['count']:,} images)"
+    if not result["search"]:
+        return line
+    weights = ", ".join(f"{term['weight']:g}" for term in result["recipe"]["terms"])
+    return f"{line}; weights {weights}, of {len(result['search'])} searched: {result['rule']}"
