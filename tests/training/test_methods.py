@@ -179,6 +179,15 @@ def assert_same(ours, theirs):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("method", ["lora", "oft", "textual_inversion"])
+def test_gradient_checkpointing_and_micro_batches_change_nothing(runs, config_file, tmp_path, settings, method):
+    saving = {"gradient_checkpointing": True, "micro_batch_size": 1}
+    train(load_config(config_file(**settings(method, train={"steps": 2, **saving}))))
+    lines = [(f / "run" / "log.jsonl").read_text().splitlines()[:2] for f in (tmp_path, runs(method))]
+    ours, theirs = ([(each["loss"], each["grad_norm"]) for each in map(json.loads, part)] for part in lines)
+    assert ours == [pytest.approx(step, rel=1e-3) for step in theirs]
+
+
 # --- adapters
 
 
@@ -267,6 +276,12 @@ def test_inversion_starts_as_its_initializer_and_moves_the_vector_only(
     assert torch.equal(file["emb_params"], averaged.half())
 
 
+def with_table(clip, table, ids):
+    """Call a text encoder with another table of token vectors."""
+    (name,) = (name for name, _ in clip.named_parameters() if name.endswith("token_embedding.weight"))
+    return torch.func.functional_call(clip, {name: table}, (ids,))
+
+
 def test_inversion_follows_the_gradient_of_its_vector(
     config_file, settings, tiny_unet, tiny_vae, tiny_clip, cache, tmp_path
 ):
@@ -281,7 +296,7 @@ def test_inversion_follows_the_gradient_of_its_vector(
     rows = table.detach().clone()
     rows = torch.cat((rows[:100], vector, rows[101:]))  # row 100 stands for the new word
     ids = padded([*letters("a"), 100, *letters("b")])
-    changed = torch.func.functional_call(tiny_clip, {"text_model.embeddings.token_embedding.weight": rows}, (ids,))
+    changed = with_table(tiny_clip, rows, ids)
     context = changed.last_hidden_state.expand(2, -1, -1)
     out = tiny_unet(schedule.add_noise(batch.x0, batch.noise, t), t, context).sample
     (out - batch.noise).square().mean().backward()
@@ -299,7 +314,7 @@ def test_a_prompt_with_a_learned_word(checkpoint, tiny_clip, tokenizer, tmp_path
     table = tiny_clip.get_input_embeddings().weight.detach().clone()
     table[100] = word.vector
     ids = padded([*letters("a"), 100, *letters("b"), 100])
-    changed = torch.func.functional_call(tiny_clip, {"text_model.embeddings.token_embedding.weight": table}, (ids,))
+    changed = with_table(tiny_clip, table, ids)
     prior = open_prior(checkpoint)
     with torch.no_grad():
         text = prior.encode_prompt("a <digit> b<digit>", None, tokenizer, word)
