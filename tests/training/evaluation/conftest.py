@@ -1,0 +1,163 @@
+"""A small world to evaluate: a prior, models made from it in every form, a ControlNet, scans, and plain metrics."""
+
+import json
+import sys
+
+import pytest
+import torch
+from comfyui_gcfg.gcfg.concept_file import compact
+from comfyui_gcfg.gcfg.null_text import cross_attention_blocks
+from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.training.concept import to_null_text
+from comfyui_gcfg.training.evaluation.config_file import load_config
+from comfyui_gcfg.training.export import export_unet
+from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+SIZE = 32
+STANDINS = """
+import torch
+
+class Moments(torch.nn.Module):
+    '''Twelve numbers of an image: its quarters' mean colours.'''
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+def extractor(weights):
+    return Moments()
+
+def classifier(weights):
+    '''Is the channel that the label names the brightest?'''
+    return lambda images, label: images.float().mean((2, 3)).argmax(1) == ("red", "green", "blue").index(label)
+"""
+
+
+def changed(unet, seed, scale=0.02):
+    """A copy of a UNet with noise on every weight."""
+    copy = UNet2DConditionModel.from_config(unet.config)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {k: v + scale * torch.randn(v.shape, generator=generator) for k, v in unet.state_dict().items()}
+    copy.load_state_dict(weights)
+    return copy.eval()
+
+
+@pytest.fixture(scope="session")
+def tuned_unet(tiny_unet):
+    """A fine-tuned UNet that reads text."""
+    return changed(tiny_unet, 1)
+
+
+@pytest.fixture(scope="session")
+def concept_unet(tiny_unet):
+    """A null-text UNet."""
+    unet = changed(tiny_unet, 2)
+    generator = torch.Generator().manual_seed(3)
+    blocks = cross_attention_blocks(unet)
+    to_null_text(unet, {name: torch.randn(b.norm2.weight.numel(), generator=generator) for name, b in blocks.items()})
+    return unet
+
+
+@pytest.fixture(scope="session")
+def controlnet(tiny_unet):
+    """A ControlNet whose zero convolutions are not zero any more."""
+    torch.manual_seed(4)
+    controlnet = ControlNetModel.from_unet(tiny_unet, conditioning_channels=3, load_weights_from_unet=True)
+    for name, parameter in controlnet.named_parameters():
+        if name.startswith(("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return controlnet.eval().requires_grad_(False)
+
+
+def control_keys(controlnet):
+    """A ControlNet's weights in the keys of the authors' files, written out from their cldm.py."""
+    renamed = {}
+    last = 2 * (len(controlnet.controlnet_cond_embedding.blocks) + 1)
+    for key, tensor in diffusers_to_ldm(controlnet.state_dict()).items():
+        head, _, rest = key.partition(".")
+        number, _, end = rest.partition(".")
+        if head == "controlnet_down_blocks":
+            key = f"zero_convs.{number}.0.{end}"
+        elif head == "controlnet_mid_block":
+            key = f"middle_block_out.0.{rest}"
+        elif rest.startswith("conv_in."):
+            key = f"input_hint_block.0.{end}"
+        elif rest.startswith("conv_out."):
+            key = f"input_hint_block.{last}.{end}"
+        elif rest.startswith("blocks."):
+            number, end = end.split(".")
+            key = f"input_hint_block.{2 * int(number) + 2}.{end}"
+        renamed[f"control_model.{key}"] = tensor.contiguous()
+    return renamed
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, checkpoint, tuned_unet, concept_unet, controlnet):
+    """A folder with everything that a config names."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "prior.safetensors").symlink_to(checkpoint)
+    stated = {"gcfg.trained_parameters": "123456"}
+    export_unet(tuned_unet.state_dict(), folder / "tuned.safetensors", "ordinary", "fp32", 32, stated)
+    export_unet(concept_unet.state_dict(), folder / "concept.safetensors", "folded", "fp32", 32, {})
+    save_file(compact(load_file(folder / "concept.safetensors")), folder / "compact.safetensors")
+    save_file(
+        {"emb_params": torch.randn(1, 32, generator=torch.Generator().manual_seed(5))}, folder / "word.safetensors"
+    )
+    save_file(control_keys(controlnet), folder / "control.safetensors")
+    (folder / "evaluation_standins.py").write_text(STANDINS)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>"]
+    ids = {token: number for number, token in enumerate(tokens)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def toml(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str) else str(value).lower()
+
+
+@pytest.fixture
+def evaluation_file(tmp_path, world, digits, monkeypatch):
+    """Write a config of the small world into the test's own folder; keyword arguments add to its sections."""
+    monkeypatch.syspath_prepend(str(world))
+    monkeypatch.setenv("PYTHONPATH", str(world))
+    sys.modules.pop("evaluation_standins", None)
+
+    def write(name="evaluation.toml", **sections):
+        base = {
+            "prior": {"checkpoint": "prior.safetensors", "tokenizer": "tokenizer", "controlnet": "control.safetensors"},
+            "sampling": {"size": SIZE, "steps": 2, "batch_size": 4},
+            "models": {
+                "tuned": {"unet": "tuned.safetensors"},
+                "concept": {"unet": "concept.safetensors", "parameters": 1000},
+                "word": {"embedding": "word.safetensors", "token": "<d>", "parameters": 32},
+            },
+            "fid": {"images": str(digits), "count": 10, "search_count": 6, "resize": "none"},
+            "alignment": {"per_prompt": 5, "search_per_prompt": 3},
+            "canny": {"images": str(digits), "count": 3, "per_condition": 2, "search_count": 1},
+            "diversity": {"prompts": ["a b", "c"], "per_prompt": 5},
+        }
+        base["fid"]["extractor"] = "evaluation_standins:extractor"
+        base["alignment"]["classifier"] = "evaluation_standins:classifier"
+        base["alignment"]["prompts"] = [{"prompt": "a b", "label": "red"}, {"prompt": "c", "label": "green"}]
+        for section, values in sections.items():
+            base[section] = {**base.get(section, {}), **values}
+        for link in world.iterdir():
+            if not (tmp_path / link.name).exists():
+                (tmp_path / link.name).symlink_to(link)
+        path = tmp_path / name
+        lines = [f"[{section}]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in base[section].items()) for section in base]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def evaluation_config(evaluation_file):
+    return lambda **sections: load_config(evaluation_file(**sections))

@@ -1,0 +1,176 @@
+"""The networks of an evaluation, beside diffusers' own from the same weights."""
+
+import pytest
+import torch
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.training.concept import Conditions, predict
+from comfyui_gcfg.training.evaluation import texts as texts_module
+from comfyui_gcfg.training.evaluation.config import Recipe, Term
+from comfyui_gcfg.training.evaluation.controlnet import load_controlnet
+from comfyui_gcfg.training.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.training.prior.learned_token import read_embedding
+from comfyui_gcfg.training.prior.model import open_prior
+from comfyui_gcfg.training.samples import starting_noise
+from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+CPU = torch.device("cpu")
+PROMPT = "a b c"
+
+
+@pytest.fixture
+def models(evaluation_config):
+    return Models(evaluation_config(), CPU)
+
+
+def output(unet, seed=0):
+    x = starting_noise(range(2), (4, 8, 8))
+    text = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return predict(unet, x, torch.tensor([700, 20]), Conditions(text))
+
+
+@pytest.mark.parametrize("file", ["concept.safetensors", "compact.safetensors"])
+def test_a_null_text_unet_reads_no_text(world, checkpoint, concept_unet, file):
+    unet = read_unet(world / file, open_prior(checkpoint), "models.concept.unet")
+    torch.testing.assert_close(output(unet), output(concept_unet))
+    assert torch.equal(output(unet, seed=1), output(unet, seed=2))
+
+
+def test_a_fine_tuned_unet_reads_text(world, checkpoint, tuned_unet):
+    unet = read_unet(world / "tuned.safetensors", open_prior(checkpoint), "models.tuned.unet")
+    assert torch.equal(output(unet), output(tuned_unet))
+    assert not torch.allclose(output(unet, seed=1), output(unet, seed=2))
+
+
+def test_a_unet_of_another_architecture_is_refused(tmp_path, world, checkpoint, tiny_unet):
+    config = dict(tiny_unet.config) | {"cross_attention_dim": 64}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "wide")
+    weights = load_file(world / "compact.safetensors")
+    weights["input_blocks.0.0.weight"] = weights["input_blocks.0.0.weight"][:16].contiguous()
+    save_file(weights, tmp_path / "narrow.safetensors")
+    for path in (tmp_path / "wide", tmp_path / "narrow.safetensors"):
+        with pytest.raises(GuidanceError, match=r"models\.x\.unet is of another architecture than the SD1\.x prior"):
+            read_unet(path, open_prior(checkpoint), "models.x.unet")
+
+
+def test_a_file_states_its_trained_parameters(world):
+    assert trained_parameters(world / "tuned.safetensors", "models.tuned") == 123456
+    assert trained_parameters(world / "compact.safetensors", "models.concept") is None
+
+
+def test_a_recipe_becomes_networks_and_what_they_read(models, world, checkpoint):
+    recipe = Recipe(
+        unconditional="b",
+        terms=(
+            Term(model="concept", control=True),
+            Term(prompt="a {prompt}"),
+            Term(model="tuned", prompt="a"),
+            Term(model="word", prompt="a <d>"),
+        ),
+    )
+    guidance = models.guidance(recipe, (1.0, 2.0, 3.0, 4.0), "c")
+    prior, tokenizer = open_prior(checkpoint), world / "tokenizer"
+    word = read_embedding(world / "word.safetensors", "<d>", "word")
+
+    def text(prompt, word=None):
+        return prior.encode_prompt(prompt, None, tokenizer, word).tokens
+
+    concept, prompted, tuned, worded = guidance.terms
+    assert guidance.weights == (1.0, 2.0, 3.0, 4.0)
+    assert torch.equal(guidance.base.conditions.context, text("b"))
+    assert torch.equal(prompted.conditions.context, text("a c"))
+    assert torch.equal(tuned.conditions.context, text("a"))
+    assert torch.equal(worded.conditions.context, text("a <d>", word))
+    assert not torch.allclose(worded.conditions.context, text("a"))
+    assert guidance.base.unet is prompted.unet is worded.unet
+    assert len({id(each.unet) for each in (guidance.base, concept, tuned)}) == 3
+    assert [each.control is None for each in (guidance.base, *guidance.terms)] == [True, False, True, True, True]
+    assert torch.equal(concept.control.context, text(""))  # the ControlNet reads text though the concept does not
+
+
+def test_each_prompt_is_encoded_once_by_an_encoder_read_once(models, monkeypatch):
+    calls = {"load_text_models": 0, "encode_ids": 0}
+    for name in calls:
+        original = getattr(texts_module, name)
+
+        def counted(*args, name=name, original=original):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(texts_module, name, counted)
+    recipe = Recipe(terms=(Term(prompt="{prompt}"), Term(model="tuned", prompt="{prompt}")))
+    first = models.guidance(recipe, (1.0, 1.0), "a b")
+    second = models.guidance(recipe, (2.0, 1.0), "a b")
+    models.guidance(recipe, (1.0, 1.0), "c")
+    assert calls == {"load_text_models": 1, "encode_ids": 3}
+    assert first.terms[0].conditions is second.terms[1].conditions  # so that its keys and values are kept
+
+
+def test_models_of_other_methods_are_let_go(models):
+    recipe = Recipe(terms=(Term(model="tuned"), Term(model="concept")))
+    before = models.guidance(recipe, (1.0, 1.0))
+    models.keep({"concept"})
+    after = models.guidance(recipe, (1.0, 1.0))
+    assert before.base.unet is after.base.unet
+    assert before.terms[1].unet is after.terms[1].unet
+    assert before.terms[0].unet is not after.terms[0].unet
+
+
+def control_output(controlnet):
+    x, text = starting_noise(range(2), (4, 4, 4)), torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(1))
+    hint = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        down, middle = controlnet(x, 500, text, controlnet_cond=hint, return_dict=False)
+    return [*down, middle]
+
+
+@pytest.mark.parametrize("form", ["LDM", "diffusers", "folder"])
+def test_a_controlnet_from_every_kind_of_file(tmp_path, world, checkpoint, controlnet, form):
+    path = {"LDM": world / "control.safetensors", "folder": tmp_path / "folder"}.get(form, tmp_path / "a.safetensors")
+    if form == "diffusers":
+        save_file(controlnet.state_dict(), path)
+    if form == "folder":
+        controlnet.save_pretrained(path)
+    found = load_controlnet(path, open_prior(checkpoint).unet.config, "prior.controlnet")
+    for own, expected in zip(control_output(found), control_output(controlnet), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(own, expected)
+
+
+def test_what_is_no_controlnet_of_the_prior_is_refused(tmp_path, checkpoint, controlnet, tiny_unet):
+    config = open_prior(checkpoint).unet.config
+    with pytest.raises(GuidanceError, match=r"prior\.controlnet holds no ControlNet: expected 'input_hint_block"):
+        load_controlnet(checkpoint, config, "prior.controlnet")
+    wide = ControlNetModel.from_config(dict(controlnet.config) | {"cross_attention_dim": 64})
+    wide.save_pretrained(tmp_path / "wide")
+    save_file(wide.state_dict(), tmp_path / "wide.safetensors")
+    lacking = {key: value for key, value in controlnet.state_dict().items() if "mid_block" not in key}
+    save_file(lacking, tmp_path / "lacking.safetensors")
+    for name in ("wide", "wide.safetensors", "lacking.safetensors"):
+        with pytest.raises(GuidanceError, match=r"prior\.controlnet does not fit the prior's UNet"):
+            load_controlnet(tmp_path / name, config, "prior.controlnet")
+
+
+def test_a_missing_prior_or_controlnet_names_its_setting(evaluation_config):
+    with pytest.raises(GuidanceError, match=r"prior\.checkpoint is not set"):
+        Models(evaluation_config(prior={"checkpoint": ""}), CPU)
+    with pytest.raises(GuidanceError, match=r"prior\.checkpoint '.*nothing.safetensors' was not found"):
+        Models(evaluation_config(prior={"checkpoint": "nothing.safetensors"}), CPU)
+    with pytest.raises(GuidanceError, match=r"prior\.controlnet is not set, expected a ControlNet, for a term has"):
+        _ = Models(evaluation_config(prior={"controlnet": ""}), CPU).control
+    with pytest.raises(GuidanceError, match=r"prior\.tokenizer: "):
+        Models(evaluation_config(prior={"tokenizer": ""}), CPU).guidance(Recipe(unconditional="a"), ())
+
+
+def test_bf16_networks_stay_near(evaluation_config):
+    recipe = Recipe(terms=(Term(model="tuned", prompt=PROMPT),))
+    x = starting_noise(range(2), (4, 8, 8))
+    outputs = []
+    for precision in ("fp32", "bf16"):
+        (term,) = Models(evaluation_config(sampling={"precision": precision}), CPU).guidance(recipe, (1.0,)).terms
+        dtype = next(term.unet.parameters()).dtype
+        with torch.no_grad():
+            outputs.append(predict(term.unet, x.to(dtype), torch.full((2,), 500), term.conditions))
+    assert outputs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(outputs[1].float(), outputs[0], atol=0.1, rtol=0.1)
