@@ -35,14 +35,13 @@ _COPIED = (
 )
 
 
-def load_controlnet(path: Path, unet: Config, source: str, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """Read a ControlNet, in evaluation mode and without gradients.
+def load_controlnet(path: Path, unet: Config, source: str) -> ControlNetModel:
+    """Read a ControlNet in float32, in evaluation mode and without gradients.
 
     Args:
         path: a .safetensors file or a diffusers folder.
         unet: configuration of the prior's UNet, whose copy it is.
         source: start of every error: "prior.controlnet 'path'".
-        dtype: of its weights.
 
     Raises: GuidanceError: if it is none, or one of another UNet.
     """
@@ -54,7 +53,7 @@ def load_controlnet(path: Path, unet: Config, source: str, dtype: torch.dtype = 
         raise _does_not_fit(source) from error
     if found.config.cross_attention_dim != unet["cross_attention_dim"]:
         raise _does_not_fit(source)
-    controlnet: ControlNetModel = found.to(dtype).eval().requires_grad_(False)
+    controlnet: ControlNetModel = found.float().eval().requires_grad_(False)
     return controlnet
 
 

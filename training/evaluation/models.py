@@ -67,12 +67,10 @@ class Models:
     def control(self) -> tuple[nn.Module, nn.Module]:
         """The ControlNet, and its layers that read images, see `take_hints`."""
         path = self._config.path(self._config.prior.controlnet)
-        if path is None:
-            raise GuidanceError(
-                "prior.controlnet is not set, expected a ControlNet, for a term has control = true; set it."
-            )
+        assert path  # whoever asks has looked
         source = self.prior.source("controlnet", path)
-        controlnet = load_controlnet(path, self.prior.unet.config, source, self._dtype).to(self.device)
+        controlnet = load_controlnet(path, self.prior.unet.config, source)
+        nn.Module.to(controlnet, self.device, self._dtype)  # diffusers' own `to` warns of any dtype
         share_prompts(controlnet)
         return controlnet, take_hints(controlnet)
 
@@ -119,7 +117,7 @@ class Models:
         if name not in self._unets:
             path = self._config.path(self._config.models[name].unet) if name != PRIOR else None
             unet = read_unet(path, self.prior, f"models.{name}.unet {str(path)!r}") if path else self.prior.load_unet()
-            unet.to(self.device, self._dtype).requires_grad_(False)
+            nn.Module.to(unet, self.device, self._dtype).requires_grad_(False)
             share_prompts(unet)
             self._unets[name] = unet
         return self._unets[name]

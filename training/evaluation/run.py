@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from ...gcfg.errors import GuidanceError
 from ..processes import alone_in, join_processes
 from .config import PRIOR, Config, Recipe
 from .config import Task as TaskName
@@ -93,9 +94,13 @@ class Evaluation:
         files = self.files(recipe, task)
         decides = self.fingerprint(recipe, task, files)
         stored = self.stored(path, decides)
-        result = stored or {**self._searched(task, method, recipe, files), "fingerprint": decides}
-        settings = self.config.methods[method]  # words decide no number
-        result |= {"title": settings.title or method, "group": settings.group}
+        settings = self.config.methods[method]
+        result = {
+            **(stored or self._searched(task, method, recipe, files)),
+            "title": settings.title or method,  # words decide no number
+            "group": settings.group,
+            "fingerprint": decides,
+        }
         if result != stored and self.is_main:
             write_result(path, result)
         return result
@@ -176,6 +181,8 @@ class Evaluation:
         """
         keys = [f"prior.{key}" for key in ("checkpoint", "vae", "text_encoder", "tokenizer")]
         if any(term.control for term in recipe.terms):
+            if not self.config.prior.controlnet:
+                raise GuidanceError("prior.controlnet is not set, expected one, for a term has control = true; set it.")
             keys.append("prior.controlnet")
         named = {key: self._setting(key) for key in (*keys, *task.real_settings, *task.metric_settings)}
         for name in models_of(recipe):

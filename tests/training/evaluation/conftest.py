@@ -1,7 +1,6 @@
 """A small world to evaluate: a prior, models made from it in every form, a ControlNet, scans, and plain metrics."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -121,14 +120,13 @@ def toml(value):
     return json.dumps(value) if isinstance(value, str) else str(value).lower()
 
 
-@pytest.fixture
-def evaluation_file(tmp_path, world, digits, monkeypatch):
-    """Write a config of the small world into the test's own folder; keyword arguments add to its sections."""
-    monkeypatch.syspath_prepend(str(world))
-    monkeypatch.setenv("PYTHONPATH", str(world))
-    sys.modules.pop("evaluation_standins", None)
+@pytest.fixture(scope="session")
+def write_evaluation(world, digits):
+    """Write a config of the small world into a folder; keyword arguments add to its sections."""
+    known, moments = "evaluation_standins:classifier", "evaluation_standins:extractor"
+    prompts = [{"prompt": "a b", "label": "red"}, {"prompt": "c", "label": "green"}]
 
-    def write(name="evaluation.toml", **sections):
+    def write(folder, **sections):
         base = {
             "prior": {"checkpoint": "prior.safetensors", "tokenizer": "tokenizer", "controlnet": "control.safetensors"},
             "sampling": {"size": SIZE, "steps": 2, "batch_size": 4},
@@ -137,25 +135,31 @@ def evaluation_file(tmp_path, world, digits, monkeypatch):
                 "concept": {"unet": "concept.safetensors", "parameters": 1000},
                 "word": {"embedding": "word.safetensors", "token": "<d>", "parameters": 32},
             },
-            "fid": {"images": str(digits), "count": 10, "search_count": 6, "resize": "none"},
-            "alignment": {"per_prompt": 5, "search_per_prompt": 3},
+            "fid": {"images": str(digits), "count": 10, "search_count": 6, "resize": "none", "extractor": moments},
+            "alignment": {"per_prompt": 5, "search_per_prompt": 3, "classifier": known, "prompts": prompts},
             "canny": {"images": str(digits), "count": 3, "per_condition": 2, "search_count": 1},
             "diversity": {"prompts": ["a b", "c"], "per_prompt": 5},
         }
-        base["fid"]["extractor"] = "evaluation_standins:extractor"
-        base["alignment"]["classifier"] = "evaluation_standins:classifier"
-        base["alignment"]["prompts"] = [{"prompt": "a b", "label": "red"}, {"prompt": "c", "label": "green"}]
         for section, values in sections.items():
             base[section] = {**base.get(section, {}), **values}
         for link in world.iterdir():
-            if not (tmp_path / link.name).exists():
-                (tmp_path / link.name).symlink_to(link)
-        path = tmp_path / name
+            if not (folder / link.name).exists():
+                (folder / link.name).symlink_to(link)
         lines = [f"[{section}]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in base[section].items()) for section in base]
+        path = folder / "evaluation.toml"
         path.write_text("\n".join(lines), encoding="utf-8")
         return path
 
-    return write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(world))
+        patch.setenv("PYTHONPATH", str(world))
+        yield write
+
+
+@pytest.fixture
+def evaluation_file(tmp_path, write_evaluation):
+    """Write a config into the test's own folder."""
+    return lambda **sections: write_evaluation(tmp_path, **sections)
 
 
 @pytest.fixture

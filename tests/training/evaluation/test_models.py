@@ -152,13 +152,11 @@ def test_what_is_no_controlnet_of_the_prior_is_refused(tmp_path, checkpoint, con
             load_controlnet(tmp_path / name, config, "prior.controlnet")
 
 
-def test_a_missing_prior_or_controlnet_names_its_setting(evaluation_config):
+def test_a_missing_file_of_the_prior_names_its_setting(evaluation_config):
     with pytest.raises(GuidanceError, match=r"prior\.checkpoint is not set"):
         Models(evaluation_config(prior={"checkpoint": ""}), CPU)
     with pytest.raises(GuidanceError, match=r"prior\.checkpoint '.*nothing.safetensors' was not found"):
         Models(evaluation_config(prior={"checkpoint": "nothing.safetensors"}), CPU)
-    with pytest.raises(GuidanceError, match=r"prior\.controlnet is not set, expected a ControlNet, for a term has"):
-        _ = Models(evaluation_config(prior={"controlnet": ""}), CPU).control
     with pytest.raises(GuidanceError, match=r"prior\.tokenizer: "):
         Models(evaluation_config(prior={"tokenizer": ""}), CPU).guidance(Recipe(unconditional="a"), ())
 
