@@ -1,0 +1,237 @@
+"""The page and its folder, from made-up results: nothing on it that is not in the JSON, and the JSON as it was."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.training.evaluation.report import page_text, read_published, write_report
+from comfyui_gcfg.training.evaluation.report.plots import plane_values, tradeoff_points
+from comfyui_gcfg.training.evaluation.report.stored import Results
+from PIL import Image
+
+DOCS = Path(__file__).resolve().parents[4] / "docs"
+STAGES = {"prior": 600.0, "methods": 300.0}
+
+
+@pytest.fixture(scope="module")
+def written(every_result, output, tmp_path_factory):
+    path = tmp_path_factory.mktemp("docs") / "reproduction.md"
+    write_report(every_result, STAGES, path, output)
+    return path
+
+
+@pytest.fixture
+def page(written, tmp_path):
+    """The test's own copy."""
+    return shutil.copytree(written.parent, tmp_path / "docs") / written.name
+
+
+def section(text, heading):
+    return re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
+
+
+def rows(text):
+    """The cells of a section's tables."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_page_of_the_docs_is_that_of_its_json():
+    """Make it anew with `gcfg evaluate report CONFIG --page docs/NAME.md` after changing either."""
+    folders = [path.parent for path in sorted(DOCS.glob("*/stages.json"))]
+    pages = [path for path in DOCS.glob("*.md") if "`gcfg evaluate report` wrote this page" in path.read_text("utf-8")]
+    assert [folder.with_suffix(".md") for folder in folders] == sorted(pages)
+    for folder, path in zip(folders, sorted(pages), strict=True):
+        assert path.read_bytes().decode() == page_text(*read_published(folder), folder.name)
+        assert linked(path) - {each.relative_to(DOCS).as_posix() for each in folder.rglob("*")} == set()
+
+
+def linked(page):
+    return set(re.findall(r"\]\(((?!https)[^)]+)\)", page.read_text(encoding="utf-8")))
+
+
+def test_the_page_is_remade_from_the_folder_beside_it(page):
+    beside = page.with_suffix("")
+    assert page_text(*read_published(beside), beside.name) == page.read_bytes().decode()
+
+
+def test_the_page_differs_where_a_number_in_the_json_differs(page):
+    beside = page.with_suffix("")
+    for path in sorted((beside / "results").glob("*.json")):
+        values, before = json.loads(path.read_text()), path.read_text()
+        for name, number in values["numbers"].items():
+            if name == "precision" or name == "recall":
+                continue  # stored beside F1, not shown
+            path.write_text(json.dumps({**values, "numbers": {**values["numbers"], name: number * 0.9}}))
+            assert page_text(*read_published(beside), beside.name) != page.read_text(encoding="utf-8"), (
+                path.name,
+                name,
+            )
+        path.write_text(before)
+
+
+def test_the_order_of_the_files_does_not_matter(stored):
+    assert page_text(stored[::-1], STAGES, "x") == page_text(stored, STAGES, "x")
+
+
+def test_all_that_the_page_refers_to_is_beside_it(page):
+    assert {link for link in linked(page) if not (page.parent / link).exists()} == set()
+    expected = {
+        "fid-methods.jpg",
+        "alignment-methods.jpg",
+        "canny-methods.jpg",
+        "tradeoff.png",
+        "plane.png",
+        "plane.jpg",
+    }
+    assert {f"reproduction/{name}" for name in expected} <= linked(page)
+
+
+def test_the_published_json_holds_all_but_this_machines_folders(page, stored):
+    published, stages = read_published(page.with_suffix(""))
+    assert stages == STAGES
+    assert len(published) == len(stored)
+    for each in published:
+        assert each["files"]["fid.images"]["path"] == "scans"
+        original = next(other for other in stored if (other["task"], other["method"]) == (each["task"], each["method"]))
+        assert {**each, "files": 0} == {**original, "files": 0}
+    assert "/home/" not in page.read_text(encoding="utf-8")
+
+
+def test_table_1_has_the_stored_numbers_beside_the_papers(page):
+    head, _, *body = rows(section(page.read_text(encoding="utf-8"), "Unconditional generation"))
+    assert [row[0] for row in body][:5] == ["Prior alone", "Textual Inversion", "DreamBooth", "OFT", "Ours"]
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    assert list(table["Ours"].values()) == ["Ours", "4.3M", "**12.35**", "859M", "6.57", "18.82"]
+    assert list(table["OFT"].values()) == ["OFT", "44K", "40.00", "23M", "27.50", "38.74"]
+    assert list(table["Textual Inversion"].values())[1:] == ["768", "70.25", "<1K", "70.62", "44.75"]
+    assert table["Prior alone"]["*paper:* FID, face"] == "-"
+    assert body[-1] == ["StyleGAN3-T (a dedicated generator)", "-", "-", "-", "3.16", "4.04"]
+
+
+def test_table_2_has_the_stored_numbers_beside_the_papers(page):
+    head, _, *body = rows(section(page.read_text(encoding="utf-8"), "Text-guided and spatially guided generation"))
+    assert "CLIP score ↑" not in head  # it was not measured
+    table = {row[0]: row[1:] for row in body}
+    assert table["Ours"] == ["0.90 (0.74 .. 0.97)", "**14.00**", "**0.700**", "**0.055**", "0.89", "0.20"]
+    assert table["Textual Inversion"] == ["**0.93 (0.79 .. 0.98)**", "72.00", "-", "-", "0.97", "0.22"]
+    assert table["Prior alone"] == ["0.95 (0.79 .. 0.98)", "95.00", "0.646", "0.050", "-", "-"]  # best, but no method
+
+
+def test_the_ablations_stand_beside_ours(page):
+    text = page.read_text(encoding="utf-8")
+    drift = rows(section(text, "Unconditional guidance drift"))
+    own = ["Ours around the concept model", "DreamBooth around the prior"]
+    assert [row[0] for row in drift[2:]] == ["Ours", "DreamBooth", *own]
+    assert drift[0][1:] == ["FID ↓", "alignment ↑", "FID, text-guided ↓"]
+    assert drift[4] == ["Ours around the concept model", "-", "0.70 (0.52 .. 0.83)", "30.00"]
+    apart = rows(section(text, "Condition decoupling"))
+    assert apart[2:] == [["joint prompt", "4.00", "3.00"], ["two prompts", "5.50", "4.50"]]
+
+
+def test_the_weights_are_those_used_and_the_grids_edges_are_told(page):
+    weights = rows(section(page.read_text(encoding="utf-8"), "Weights"))
+    assert ["Ours", "fid", "concept 2", "3", "at the grid's edge: concept"] in weights
+    assert ["Ours", "alignment", "concept 1.5, text 5", "3", "at the grid's edge: text"] in weights
+    assert ["DreamBooth", "fid", "dreambooth 1.5 around dreambooth", "given", ""] in weights
+    assert "fid: lowest FID; alignment: the rule of alignment; canny: highest F1 of the edges" in page.read_text(
+        "utf-8"
+    )
+
+
+def test_stages_seeds_and_hashes_are_told(page):
+    text = section(page.read_text(encoding="utf-8"), "How it was made")
+    assert rows(text)[:5] == [
+        ["stage", "minutes"],
+        ["---", "---:"],
+        ["prior", "10.0"],
+        ["methods", "5.0"],
+        ["**all**", "**15.0**"],
+    ]
+    assert "Seed 7; 25 steps" in text
+    assert "python 3.11.4, torch 2.15.0." in text
+    assert ["`fid.images`", "`scans`", "`abababababababab`"] in rows(text)
+    assert "more than one config" not in text
+
+
+def test_results_of_two_configs_are_told(stored):
+    stored[0]["config"] = {**stored[0]["config"], "sampling": {**stored[0]["config"]["sampling"], "steps": 26}}
+    assert "These results come from more than one config" in page_text(stored, {}, "x")
+
+
+def test_what_a_small_run_cannot_tell_is_not_said_of_a_large_one(stored):
+    small = section(page_text(stored, {}, "x"), "What this cannot tell")
+    assert "64 pixels wide, the paper's 512" in small
+    assert "FID is over 20 images, the paper's over 50,000" in small
+    assert "`own.package:features`, not Inception's" in small
+    assert "trains 4.6M parameters, the paper's 859M" in small
+    for each in stored:
+        each["config"] = {**each["config"], "sampling": {**each["config"]["sampling"], "size": 512}}
+        each["config"]["fid"] = {**each["config"]["fid"], "extractor": "inception"}
+        each["count"], each["parameters"] = 50_000, 859_000_000
+    large = section(page_text(stored, {}, "x"), "What this cannot tell")
+    assert re.search("pixels wide|50,000|Inception|859M", large) is None
+    assert "No people were asked" in large
+
+
+def test_a_sheet_shows_the_methods_images_from_the_same_seeds(page, scan):
+    """Columns of the text-guided sheet are the prompts; each cell is the scan that stands for its image."""
+    sheet = Image.open(page.with_suffix("") / "alignment-methods.jpg")
+    methods = ["prior", "textual_inversion", "dreambooth", "oft", "ours"]
+    assert sheet.size == (10 * 75 + 3, 16 + 5 * 91)
+    pixels = np.asarray(sheet.convert("L"), dtype=float)
+    places = sorted((place % 3, place // 3) for place in range(10))
+    for row, method in enumerate(methods):
+        for column, (prompt, number) in enumerate(places):
+            top, left = 32 + row * 91, 3 + column * 75
+            cell = pixels[top : top + 72, left : left + 72].reshape(8, 9, 8, 9).mean((1, 3))
+            expected = scan("alignment", method, prompt, number)[0, ::8, ::8].numpy()
+            assert np.corrcoef(cell.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_edges_are_shown_one_for_each_condition(page, scan):
+    pixels = np.asarray(Image.open(page.with_suffix("") / "canny-methods.jpg").convert("L"), dtype=float)
+    for column in range(5):
+        cell = pixels[16:88, 3 + column * 75 : 75 + column * 75].reshape(8, 9, 8, 9).mean((1, 3))
+        expected = scan("canny", "prior", 0, 4 * column)[0, ::8, ::8].numpy()
+        assert np.corrcoef(cell.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_pictures_stay_where_the_images_are_gone(page, stored, tmp_path):
+    before = (page.with_suffix("") / "fid-methods.jpg").read_bytes()
+    write_report(stored, STAGES, page, tmp_path / "gone")
+    assert (page.with_suffix("") / "fid-methods.jpg").read_bytes() == before
+    with pytest.raises(GuidanceError, match="has no image 0 of prompt 0"):
+        write_report(stored, STAGES, tmp_path / "other.md", tmp_path / "gone")
+
+
+def test_plots_are_the_same_each_time(page, stored, output):
+    before = {path.name: path.read_bytes() for path in page.with_suffix("").glob("*.png")}
+    assert set(before) == {"tradeoff.png", "plane.png"}
+    write_report(stored, STAGES, page, output)
+    assert {name: (page.with_suffix("") / name).read_bytes() for name in before} == before
+
+
+def test_the_plots_show_the_stored_numbers(stored):
+    results = Results(stored)
+    assert ("Ours", 12.345, 0.90, 4_300_000, True) in tradeoff_points(results)
+    assert len(tradeoff_points(results)) == 5
+    (sweep,) = results.sweeps
+    assert plane_values(sweep, "fid").tolist() == [[60, 65], [40, 45], [20, 25]]
+
+
+def test_a_page_needs_neither_ablations_nor_a_sweep(stored, output, tmp_path):
+    few = [each for each in stored if each["task"] == "fid" and each["group"] == "methods"]
+    write_report(few, None, tmp_path / "few.md", output)
+    text = (tmp_path / "few.md").read_text(encoding="utf-8")
+    assert "## Unconditional generation" in text
+    assert re.search("Table 2\\)\n|Fig. 9|Fig. 8|Condition decoupling \\(", text) is None
+
+
+def test_no_results_are_told(tmp_path):
+    with pytest.raises(GuidanceError, match="holds no results, expected some; run gcfg evaluate tables first"):
+        write_report([], None, tmp_path / "page.md", tmp_path)

@@ -1,0 +1,83 @@
+"""Sheets of generated images: a row for each method, from the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ....gcfg.errors import GuidanceError
+from ..images import picture, read_image_of
+from .stored import Result
+
+COLUMNS = 10
+_SIDE = 72  # pixels of an image on the sheet, so that it fits a page
+_LINE = 16  # pixels of a line of text
+_GAP = 3
+
+
+def draw_sheet(results: Sequence[Result], folder: Path, path: Path) -> None:
+    """Write a sheet of the same images of several results of one task.
+
+    Args:
+        results: its rows.
+        folder: of the evaluation's output.
+        path: of the picture; it stays as it is if the images are gone.
+
+    Raises: GuidanceError: if the images are gone and there is no picture yet.
+    """
+    try:
+        rows = [[picture(read_image_of(folder / each.images, *place)) for place in places(each)] for each in results]
+    except GuidanceError:
+        if path.is_file():
+            return
+        raise
+    width = max(len(row) for row in rows) * (_SIDE + _GAP) + _GAP
+    header = _LINE if headings(results[0]) else 0
+    sheet = Image.new("RGB", (width, header + len(rows) * (_SIDE + _LINE + _GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(headings(results[0])):
+        draw.text((_GAP + column * (_SIDE + _GAP), 2), _fitting(draw, text), fill="dimgrey")
+    for number, (result, row) in enumerate(zip(results, rows, strict=True)):
+        top = header + number * (_SIDE + _LINE + _GAP)
+        draw.text((_GAP, top + 2), result.title, fill="black")
+        for column, image in enumerate(row):
+            sheet.paste(image.resize((_SIDE, _SIDE)), (_GAP + column * (_SIDE + _GAP), top + _LINE))
+    sheet.save(path, quality=90)
+
+
+def copy_picture(source: Path, path: Path) -> None:
+    """Take over a picture that the evaluation drew; it stays as it is if the source is gone.
+
+    Raises: GuidanceError: if both are gone.
+    """
+    if source.is_file():
+        Image.open(source).convert("RGB").save(path, quality=88)
+    elif not path.is_file():
+        raise GuidanceError(f"{str(source)!r} is gone, expected the picture of gcfg evaluate sweep; run it again.")
+
+
+def places(result: Result) -> list[tuple[int, int]]:
+    """Return prompt and number of the images on a result's row."""
+    if result.task == "canny":
+        each = int(result.config["canny"]["per_condition"])
+        return [(0, number) for number in range(0, result.count, each)][:COLUMNS]
+    if result.task == "alignment":
+        prompts = len(result.details)
+        return sorted((place % prompts, place // prompts) for place in range(min(COLUMNS, result.count)))
+    first = result.count // max(1, len(result.details))  # of the first prompt
+    return [(0, number) for number in range(min(COLUMNS, first))]
+
+
+def headings(result: Result) -> list[str]:
+    """Return what stands above the columns: prompts, where they differ."""
+    if result.task != "alignment":
+        return []
+    return [str(result.details[prompt]["prompt"]) for prompt, _ in places(result)]
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
+    while text and draw.textlength(text) > _SIDE:
+        text = text[:-1]
+    return text

@@ -1,0 +1,100 @@
+"""The page's plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log, log10
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import words
+from .paper import OURS, PAPER, TITLES
+from .stored import METHODS, Results, Sweep
+
+_OURS, _OTHERS = "#d55e00", "#0072b2"  # told apart by colour-blind people too
+_DPI = 110
+
+# (title, FID, alignment, trained parameters, whether it is ours)
+Point = tuple[str, float, float, float, bool]
+
+
+def tradeoff_points(results: Results) -> list[Point]:
+    """The methods of the paper's tables that have both numbers."""
+    points = []
+    for method in results.of_group(METHODS):
+        fid, aligned = results.number("fid", method, "fid"), results.number("alignment", method, "alignment")
+        if fid is not None and aligned is not None:
+            size = results.parameters(method) or 0
+            points.append((results.title(method), fid, aligned, float(size), method == OURS))
+    return points
+
+
+def draw_tradeoff(results: Results, path: Path) -> None:
+    """Fidelity against control (Fig. 9), beside the paper's own numbers for faces."""
+    theirs = [
+        (TITLES[name], row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
+    ]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    here, paper = figure.subplots(1, 2)
+    _scatter(here, tradeoff_points(results), "here")
+    _scatter(paper, theirs, "the paper, faces")
+    _save(figure, path)
+
+
+def draw_plane(sweep: Sweep, path: Path) -> None:
+    """FID and alignment over two weights, as heat maps."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = (("fid", "FID (lower is better)", "viridis_r"), ("alignment", "alignment", "viridis"))
+    for axes, (number, title, colours) in zip(figure.subplots(1, 2), panels, strict=True):
+        _heat_map(axes, sweep, number, title, colours)
+    _save(figure, path)
+
+
+def plane_values(sweep: Sweep, number: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    """Return a number over the plane, (first weight, second weight)."""
+    rows, columns = (axis["weights"] for axis in sweep.axes)
+    values = np.full((len(rows), len(columns)), np.nan)
+    for cell in sweep.search:
+        down, across = cell["weights"]
+        values[rows.index(down), columns.index(across)] = cell[number]
+    return values
+
+
+def _scatter(axes: Axes, points: Sequence[Point], title: str) -> None:
+    for name, fid, aligned, size, ours in points:
+        x = -log(fid / 100)
+        diameter = 5 + 2.2 * log10(1 + size)
+        axes.plot(x, aligned, "o", markersize=diameter, alpha=0.75, color=_OURS if ours else _OTHERS)
+        axes.annotate(
+            name, (x, aligned), xytext=(0, diameter / 2 + 3), textcoords="offset points", ha="center", fontsize=8
+        )
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("fidelity: -log(FID / 100)")
+    axes.set_ylabel("alignment")
+    axes.set_ylim(0, 1.12)
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+
+
+def _heat_map(axes: Axes, sweep: Sweep, number: str, title: str, colours: str) -> None:
+    rows, columns = (axis["weights"] for axis in sweep.axes)
+    values = plane_values(sweep, number)
+    axes.imshow(values, cmap=colours, aspect="auto")
+    middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
+    dark_above = colours.endswith("_r")
+    if values.size <= 100:
+        for (down, across), value in np.ndenumerate(values):
+            colour = "white" if (value > middle) == dark_above else "black"
+            axes.text(across, down, words.number(value), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(columns)), [words.weight(value) for value in columns], fontsize=8)
+    axes.set_yticks(range(len(rows)), [words.weight(value) for value in rows], fontsize=8)
+    axes.set_xlabel(f"weight of {sweep.axes[1]['label']}")
+    axes.set_ylabel(f"weight of {sweep.axes[0]['label']}")
+    axes.set_title(title, fontsize=10)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
