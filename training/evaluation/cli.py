@@ -84,10 +84,22 @@ def tables_command(config: ConfigFile, overrides: Overrides = None, method: Meth
 
 
 @app.command("report", epilog=_SETTINGS)
-def report_command(config: ConfigFile, overrides: Overrides = None) -> None:
+def report_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Markdown file to write, a folder of its name beside it; else report.md in output.folder."
+        ),
+    ] = None,
+    stages: Annotated[
+        Path | None, typer.Option(help="JSON file {stage: seconds}: what the experiment took, for the page.")
+    ] = None,
+) -> None:
     """Write the page of tables and plots from the stored results; nothing is measured."""
     with one_sentence():
-        _report(load_config(config, overrides or ()))
+        _report(load_config(config, overrides or ()), page, stages)
 
 
 @app.command("abtest", epilog=_SETTINGS)
@@ -147,13 +159,14 @@ def _sweep(evaluation: Evaluation) -> None:
         typer.echo(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
 
 
-def _report(config: Config) -> None:
-    from .report import write_report
+def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
+    from .report import read_stages, write_report
     from .results import read_results
     from .run import RESULTS
 
-    page = config.output_folder / "report.md"
-    write_report(read_results(config.output_folder / RESULTS), None, page)
+    folder = config.output_folder
+    page = page or folder / "report.md"
+    write_report(read_results(folder / RESULTS), read_stages(stages) if stages else None, page, folder)
     typer.echo(page)
 
 

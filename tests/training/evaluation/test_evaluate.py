@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zipfile
 from io import BytesIO
 
@@ -12,6 +13,8 @@ import torch
 from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.data.images import find_images
 from comfyui_gcfg.training.evaluation import generation
+from comfyui_gcfg.training.evaluation.report.words import number
+from comfyui_gcfg.training.evaluation.results import read_results
 from comfyui_gcfg.training.evaluation.tasks import Alignment, Canny, Fid
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -79,12 +82,11 @@ def edges(images):
 
 @pytest.fixture(scope="module")
 def all_of_it(tmp_path_factory, write_evaluation):
-    """The folder of an evaluation with every task."""
+    """The folder of an evaluation with every task, made by one command."""
     folder = tmp_path_factory.mktemp("all")
-    path = write_evaluation(folder, methods={"ours": OURS, "prior": PRIOR}, sweep=SWEEP)
-    for task in EVERYTHING:
-        told = gcfg(task, path)
-        assert told.exit_code == 0, (told.output, told.exception)
+    told = gcfg("tables", write_evaluation(folder, methods={"ours": OURS, "prior": PRIOR}, sweep=SWEEP))
+    assert told.exit_code == 0, (told.output, told.exception)
+    (folder / "told.txt").write_text(told.output)
     return folder
 
 
@@ -249,21 +251,29 @@ def test_the_sweep_measures_every_pair_and_shows_an_image_of_each(all_of_it, dig
     assert cells == first
 
 
-def test_tables_runs_everything_and_writes_the_page(evaluation_file, tmp_path, monkeypatch):
-    from comfyui_gcfg.training.evaluation import report
-
-    written = []
-    monkeypatch.setattr(report, "write_report", lambda results, stages, page: written.append((results, page)))
-    told = gcfg("tables", evaluation_file(methods={"ours": OURS, "prior": PRIOR}, sweep=SWEEP))
-    assert told.exit_code == 0, (told.output, told.exception)
-    ((results, page),) = written
+def test_tables_runs_everything_and_writes_the_page(all_of_it, tmp_path):
+    path, told = all_of_it / "evaluation.toml", (all_of_it / "told.txt").read_text()
+    results = read_results(all_of_it / "evaluation" / "results")
     assert {(each["task"], each["method"]) for each in results} == {
         ("fid", "ours"), ("alignment", "ours"), ("canny", "ours"), ("diversity", "ours"),
         ("fid", "prior"), ("alignment", "prior"), ("sweep", "sweep"),
     }  # fmt: skip
-    assert page == tmp_path / "evaluation" / "report.md"
-    assert "fid of Ours: fid " in told.output
-    assert "of 2 searched: lowest FID" in told.output
+    assert "fid of Ours: fid " in told
+    assert "of 2 searched: lowest FID" in told
+    page = (all_of_it / "evaluation" / "report.md").read_text(encoding="utf-8")
+    for each in results:
+        if each["task"] == "fid":
+            assert re.search(rf"\| {each['title']} \|.*[ *]{number(each['numbers']['fid'])}[ *]", page)
+    (tmp_path / "stages.json").write_text('{"the prior": 90}')
+    told = gcfg("report", path, "--page", tmp_path / "docs" / "page.md", "--stages", tmp_path / "stages.json")
+    assert told.exit_code == 0, (told.output, told.exception)
+    again = (tmp_path / "docs" / "page.md").read_text(encoding="utf-8")
+    assert "| the prior | 1.5 |" in again
+    assert again.replace("page/results", "report/results").splitlines()[:20] == page.splitlines()[:20]
+    (tmp_path / "stages.json").write_text("[90]")
+    told = gcfg("report", path, "--stages", tmp_path / "stages.json")
+    assert told.exit_code == 1
+    assert "expected JSON such as" in told.output
 
 
 def test_one_method_alone(evaluation_file, tmp_path):

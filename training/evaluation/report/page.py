@@ -16,7 +16,7 @@ from .limits import limits
 from .paper import OURS
 from .pictures import copy_picture, draw_sheet
 from .plots import draw_plane, draw_tradeoff, tradeoff_points
-from .stored import METHODS, Result, Results, Sweep
+from .stored import METHODS, SWEEP, Result, Results, Sweep
 
 RESULTS, STAGES = "results", "stages.json"
 
@@ -66,9 +66,11 @@ def write_report(
         raise GuidanceError(f"{str(folder)!r} holds no results, expected some; run gcfg evaluate tables first.")
     beside = page.with_suffix("")
     published = [_published(each) for each in stored]
-    for values in published:
-        name = values["task"] if values["task"] == values["method"] else f"{values['task']}-{values['method']}"
-        _write_json(beside / RESULTS / f"{name}.json", values)
+    files = {beside / RESULTS / f"{_name(values)}.json": values for values in published}
+    for path, values in files.items():
+        _write_json(path, values)
+    for left in set((beside / RESULTS).glob("*.json")) - set(files):
+        left.unlink()  # of methods that are no more
     _write_json(beside / STAGES, dict(stages or {}))
     results = Results(published)
     for name, rows in _sheets(results).items():
@@ -84,7 +86,20 @@ def write_report(
 
 def read_published(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return the results and stages that stand beside a page, for `page_text`."""
-    return read_results(folder / RESULTS), json.loads((folder / STAGES).read_text(encoding="utf-8"))
+    return read_results(folder / RESULTS), read_stages(folder / STAGES)
+
+
+def read_stages(path: Path) -> dict[str, float]:
+    """Read a JSON file {stage: seconds}.
+
+    Raises: GuidanceError: if it is none.
+    """
+    expected = 'expected JSON such as {"prior": 612.5}, a stage and its seconds'
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage): float(seconds) for stage, seconds in stages.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise GuidanceError(f"--stages {str(path)!r} cannot be read ({error}), {expected}.") from error
 
 
 def page_text(stored: Sequence[Mapping[str, Any]], stages: Mapping[str, float], folder: str) -> str:
@@ -254,6 +269,10 @@ def _published(values: Any) -> Any:
     if isinstance(values, str) and Path(values).is_absolute():
         return Path(values).name
     return values
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return str(values["task"]) if values["task"] == SWEEP else f"{values['task']}-{values['method']}"
 
 
 def _write_json(path: Path, values: Any) -> None:

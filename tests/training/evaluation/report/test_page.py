@@ -232,6 +232,13 @@ def test_a_page_needs_neither_ablations_nor_a_sweep(stored, output, tmp_path):
     assert re.search("Table 2\\)\n|Fig. 9|Fig. 8|Condition decoupling \\(", text) is None
 
 
+def test_the_results_of_a_method_that_is_gone_go_too(page, stored, output):
+    fewer = [each for each in stored if each["method"] != "oft"]
+    write_report(fewer, STAGES, page, output)
+    assert len(read_published(page.with_suffix(""))[0]) == len(fewer)
+    assert "| OFT |" not in page.read_text(encoding="utf-8")
+
+
 def test_no_results_are_told(tmp_path):
     with pytest.raises(GuidanceError, match="holds no results, expected some; run gcfg evaluate tables first"):
         write_report([], None, tmp_path / "page.md", tmp_path)
