@@ -122,7 +122,7 @@ def export_command(
     ] = Weights.ema,
     dtype: Annotated[DType, typer.Option(help="Number format of the file.")] = DType.fp16,
 ) -> None:
-    """Write the model file of a run: a UNet that ComfyUI loads."""
+    """Write the model file of a run, which ComfyUI loads: a UNet, beside a LoRA's the LoRA, or an embedding."""
     with one_sentence():
         from .trained import export_run
 

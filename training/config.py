@@ -63,9 +63,10 @@ class ModelConfig(_Section):
         "word.",
     )
     rank: Positive = Field(16, description="Rank of method 'lora'.")
-    oft_block_size: Positive = Field(
-        32,
-        description="Side of the rotations of method 'oft'; it divides the width of every attention and of the text.",
+    oft_block_size: NotNegative = Field(
+        0,
+        description="Side of the blocks of method 'oft'; it divides the width of every attention and of the text. 0: a "
+        "quarter of each width (the paper's number of parameters).",
     )
     token: str = Field(
         "", description="The new word of 'textual_inversion', for example '<face>'; a part of the prompt."

@@ -12,6 +12,7 @@ from comfyui_gcfg.training.config import ModelConfig
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.dry_run import dry_run
+from comfyui_gcfg.training.methods.adapters import add_oft
 from comfyui_gcfg.training.methods.network import prompted
 from comfyui_gcfg.training.prior.learned_token import LearnedToken, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
@@ -248,6 +249,24 @@ def test_oft_turns_the_inputs_of_a_projection_and_nothing_else(runs, tiny_unet, 
             torch.testing.assert_close(b @ rotation, a, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(rotation.T @ rotation, torch.eye(BLOCK).double(), rtol=1e-3, atol=1e-4)
             assert not torch.allclose(rotation, torch.eye(BLOCK).double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_the_rotations_of_sd15(size):
+    """Four blocks by default: then the blocks hold 23.3 M values, the 23 M of the paper's Table 1."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        widths = [shape[1] for name, shape in shapes_of(unet) if name.endswith(ADAPTED)]
+        add_oft(unet, size)
+    sides = [size or width // 4 for width in widths]
+    found = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    assert found == sum(width // side * side * (side - 1) // 2 for width, side in zip(widths, sides, strict=True))
+    if not size:
+        assert sum(width * side for width, side in zip(widths, sides, strict=True)) == 23_304_192
+
+
+def shapes_of(unet):
+    return [(name, tuple(tensor.shape)) for name, tensor in unet.state_dict().items()]
 
 
 def test_a_block_size_that_does_not_fit(config_file, settings):
