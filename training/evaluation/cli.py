@@ -135,8 +135,13 @@ def _measure(config: Path, overrides: list[str] | None, methods: list[str] | Non
 def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluation]:
     with one_sentence():
         settings = load_config(config, overrides or ())
-        from .run import Evaluation  # torch and diffusers take seconds to import: not before --help is answered
-
+        try:
+            from .run import Evaluation  # torch and diffusers take seconds to import: not before --help is answered
+        except ModuleNotFoundError as error:
+            raise GuidanceError(
+                f"gcfg evaluate needs {error.name}, which was not found; install it with: pip install "
+                "'comfyui_gcfg[evaluate]'"
+            ) from error
         evaluation = Evaluation(settings)
         with evaluation.alone():
             yield evaluation
@@ -160,13 +165,15 @@ def _sweep(evaluation: Evaluation) -> None:
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
-    from .report import read_stages, write_report
+    from .report import Experiment, read_stages, write_report
     from .results import read_results
     from .run import RESULTS
+    from .tasks import Canny
 
     folder = config.output_folder
     page = page or folder / "report.md"
-    write_report(read_results(folder / RESULTS), read_stages(stages) if stages else None, page, folder)
+    experiment = Experiment(config.report.title, config.report.about, read_stages(stages) if stages else {})
+    write_report(read_results(folder / RESULTS), experiment, page, folder, lambda: Canny(config).edges)
     typer.echo(page)
 
 

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from ...gcfg.errors import GuidanceError
+
 Task = Literal["fid", "alignment", "canny", "diversity"]
 
 PRIOR = "prior"  # the model that every config has
 TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
-PLACEHOLDER = "{prompt}"  # of the task's prompt in a term's
+SEPARATOR = " | "  # between the parts of a task's prompt
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -91,10 +93,30 @@ class Term(_Section):
     """One guidance: w (model(prompt) - base)."""
 
     model: str = Field(PRIOR, description="Name below [models], or 'prior'.")
-    prompt: str = Field("", description=f"What the model reads; '{PLACEHOLDER}' gives way to the task's prompt.")
+    prompt: str = Field(
+        "",
+        description="What the model reads; '{prompt}' gives way to the task's prompt, '{part1}' and '{part2}' to the "
+        f"parts that '{SEPARATOR}' separates in it.",
+    )
     weight: Weight = Field(1.0, description="Guidance weight, or a list of weights to search.")
     control: bool = Field(False, description="Apply the ControlNet to this term.")
     label: str = Field("", description="Name of the term in tables and plots.")
+
+    def reads(self, prompt: str) -> str:
+        """Return what the model reads for a task's prompt; the whole prompt has ', ' between its parts.
+
+        Raises: GuidanceError: if the prompt has fewer parts than the term asks for.
+        """
+        parts = prompt.split(SEPARATOR)
+        text = self.prompt.replace("{prompt}", ", ".join(parts))
+        for number, part in enumerate(parts, 1):
+            text = text.replace(f"{{part{number}}}", part)
+        if re.search(r"{part\d+}", text):
+            raise GuidanceError(
+                f"A term's prompt is {self.prompt!r}, but the task's prompt {prompt!r} has {len(parts)} part(s), expected "
+                f"more; separate them by '{SEPARATOR}'."
+            )
+        return text
 
 
 class Recipe(_Section):
@@ -185,7 +207,7 @@ class SweepConfig(_Section):
     """The plane of two weights (the paper's Fig. 8(a))."""
 
     recipe: Recipe | None = Field(None, description="A recipe, two of whose weights are lists.")
-    prompt: str = Field("", description=f"What '{PLACEHOLDER}' stands for.")
+    prompt: str = Field("", description="What '{prompt}' stands for.")
     label: str = Field("", description="What the classifier is asked.")
     per_cell: Annotated[int, Field(gt=1)] = Field(100, description="Images of each pair of weights.")
 
@@ -196,6 +218,13 @@ class SweepConfig(_Section):
                 f"sweep.recipe has {len(self.recipe.searched)} weights that are lists, expected exactly two"
             )
         return self
+
+
+class ReportConfig(_Section):
+    """The page."""
+
+    title: str = Field("The paper's experiments, measured here", description="Its heading.")
+    about: str = Field("", description="Paragraphs below it, in Markdown: what the prior and the concept are.")
 
 
 class Config(_Section):
@@ -212,6 +241,7 @@ class Config(_Section):
     canny: CannyConfig = CannyConfig()
     diversity: DiversityConfig = DiversityConfig()
     sweep: SweepConfig = SweepConfig()
+    report: ReportConfig = ReportConfig()
 
     # Settings stay as they were written, so that results do not name the machine; `path` tells where they lead.
     _folder: Path = PrivateAttr(Path())

@@ -23,7 +23,7 @@ from ..prior.learned_token import LearnedToken, read_embedding
 from ..prior.model import Prior, open_prior
 from ..prior.unet import find_unet, load_unet
 from .attention import share_prompts
-from .config import PLACEHOLDER, PRIOR, Config, Recipe
+from .config import PRIOR, Config, Recipe
 from .controlnet import load_controlnet
 from .sampling import Guidance, Prediction, take_hints
 from .texts import Texts
@@ -84,10 +84,7 @@ class Models:
         """
         return Guidance(
             self._prediction(recipe.base, recipe.unconditional, control=False),
-            tuple(
-                self._prediction(term.model, term.prompt.replace(PLACEHOLDER, prompt), term.control)
-                for term in recipe.terms
-            ),
+            tuple(self._prediction(term.model, term.reads(prompt), term.control) for term in recipe.terms),
             weights,
         )
 

@@ -1,5 +1,5 @@
 """The page of an evaluation, made from its stored results alone."""
 
-from .page import page_text, read_published, read_stages, write_report
+from .page import Experiment, page_text, read_published, read_stages, write_report
 
-__all__ = ["page_text", "read_published", "read_stages", "write_report"]
+__all__ = ["Experiment", "page_text", "read_published", "read_stages", "write_report"]

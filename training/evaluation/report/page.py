@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ....gcfg.errors import GuidanceError
 from ...files import whole_file
@@ -18,7 +21,7 @@ from .pictures import copy_picture, draw_sheet
 from .plots import draw_plane, draw_tradeoff, tradeoff_points
 from .stored import METHODS, SWEEP, Result, Results, Sweep
 
-RESULTS, STAGES = "results", "stages.json"
+RESULTS, EXPERIMENT = "results", "experiment.json"
 
 _TASKS = {
     "fid": "Unconditional images",
@@ -49,16 +52,36 @@ _GROUPS = {
 }
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What the page says beside the results.
+
+    Attributes:
+        title: its heading.
+        about: paragraphs below it, in Markdown.
+        stages: seconds of each stage of the whole experiment; may be empty.
+    """
+
+    title: str
+    about: str
+    stages: Mapping[str, float]
+
+
 def write_report(
-    stored: Sequence[Mapping[str, Any]], stages: Mapping[str, float] | None, page: Path, folder: Path
+    stored: Sequence[Mapping[str, Any]],
+    experiment: Experiment,
+    page: Path,
+    folder: Path,
+    conditions: Callable[[], Tensor],
 ) -> None:
     """Write the page, and beside it a folder of its name with the results, plots and pictures it was made from.
 
     Args:
         stored: the results, as their files hold them.
-        stages: seconds of each stage of the whole experiment, where they were taken.
+        experiment: what the page says beside them.
         page: a Markdown file.
         folder: of the evaluation's output, where the images are.
+        conditions: gives the edge maps that images were guided by, (N, H, W) bool; called if there are such images.
 
     Raises: GuidanceError: if there are no results, or their images are gone.
     """
@@ -71,22 +94,23 @@ def write_report(
         _write_json(path, values)
     for left in set((beside / RESULTS).glob("*.json")) - set(files):
         left.unlink()  # of methods that are no more
-    _write_json(beside / STAGES, dict(stages or {}))
+    _write_json(beside / EXPERIMENT, asdict(experiment))
     results = Results(published)
     for name, rows in _sheets(results).items():
-        draw_sheet(rows, folder, beside / name)
+        draw_sheet(rows, folder, beside / name, conditions if rows[0].task == "canny" else None)
     if _has_tradeoff(results):
         draw_tradeoff(results, beside / "tradeoff.png")
     for sweep in results.sweeps:
         draw_plane(sweep, beside / "plane.png")
         copy_picture(folder / sweep.grid, beside / "plane.jpg")
     with whole_file(page) as path:
-        path.write_text(page_text(published, stages or {}, beside.name), encoding="utf-8", newline="\n")
+        path.write_text(page_text(published, experiment, beside.name), encoding="utf-8", newline="\n")
 
 
-def read_published(folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return the results and stages that stand beside a page, for `page_text`."""
-    return read_results(folder / RESULTS), read_stages(folder / STAGES)
+def read_published(folder: Path) -> tuple[list[dict[str, Any]], Experiment]:
+    """Return what stands beside a page, for `page_text`."""
+    said = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8"))
+    return read_results(folder / RESULTS), Experiment(**said)
 
 
 def read_stages(path: Path) -> dict[str, float]:
@@ -102,17 +126,17 @@ def read_stages(path: Path) -> dict[str, float]:
         raise GuidanceError(f"--stages {str(path)!r} cannot be read ({error}), {expected}.") from error
 
 
-def page_text(stored: Sequence[Mapping[str, Any]], stages: Mapping[str, float], folder: str) -> str:
+def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
     """Return the page in Markdown.
 
     Args:
         stored: the results, as their files hold them.
-        stages: seconds of each stage; may be empty.
+        experiment: what the page says beside them.
         folder: name of the folder beside the page.
     """
     results = Results(stored)
     sections = [
-        _introduction(results, folder),
+        _introduction(experiment, folder),
         _unconditional(results, folder),
         _guided(results, folder),
         _tradeoff(results, folder),
@@ -121,17 +145,18 @@ def page_text(stored: Sequence[Mapping[str, Any]], stages: Mapping[str, float], 
         *(_plane(sweep, folder) for sweep in results.sweeps),
         _weights(results),
         _limits(results),
-        _provenance(results, stages, folder),
+        _provenance(results, experiment.stages, folder),
     ]
     return "\n\n".join(block for section in sections for block in section) + "\n"
 
 
-def _introduction(results: Results, folder: str) -> list[str]:
+def _introduction(experiment: Experiment, folder: str) -> list[str]:
     return [
-        "# The paper's experiments, measured here",
+        f"# {experiment.title}",
+        *filter(None, [experiment.about.strip()]),
         "The tables and figures of [Cao et al. 2023](https://arxiv.org/abs/2312.08195), repeated with `gcfg train` and "
         "`gcfg evaluate`. The numbers under *paper* are the paper's own, from Stable Diffusion 1.5 on faces (FFHQ) and "
-        "animal faces (AFHQv2). ↓ means that less is better; the best is **bold**, the prior aside.",
+        "animal faces (AFHQv2). ↑: more is better, ↓: less; the best is **bold**, the prior aside.",
         f"`gcfg evaluate report` wrote this page from the files in [`{folder}/{RESULTS}`]({folder}/{RESULTS}), and "
         "every verdict on it follows from a stated rule. Nothing was edited by hand.",
     ]
@@ -166,7 +191,8 @@ def _guided(results: Results, folder: str) -> list[str]:
         settings = edges[0].config["canny"]
         blocks.append(
             f"Edges: OpenCV's Canny, thresholds {settings['low']} and {settings['high']}, {edges[0].count:,} images. "
-            "Difference: share of pixels in which condition and result differ. F1: with a tolerance of one pixel."
+            "Difference: share of pixels in which condition and result differ, the "
+            "paper's discrepancy (its table marks the column ↑). F1: with a tolerance of one pixel."
         )
     sheets = [*_sheet(results, "alignment", METHODS, folder), *_sheet(results, "canny", METHODS, folder)]
     return [*blocks, *sheets]

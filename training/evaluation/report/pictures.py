@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from ....gcfg.errors import GuidanceError
 from ..images import picture, read_image_of
@@ -17,31 +18,41 @@ _LINE = 16  # pixels of a line of text
 _GAP = 3
 
 
-def draw_sheet(results: Sequence[Result], folder: Path, path: Path) -> None:
+def draw_sheet(
+    results: Sequence[Result], folder: Path, path: Path, conditions: Callable[[], Tensor] | None = None
+) -> None:
     """Write a sheet of the same images of several results of one task.
 
     Args:
         results: its rows.
         folder: of the evaluation's output.
         path: of the picture; it stays as it is if the images are gone.
+        conditions: gives the edge maps that the images were guided by, (N, H, W) bool, for a row of their own.
 
     Raises: GuidanceError: if the images are gone and there is no picture yet.
     """
     try:
-        rows = [[picture(read_image_of(folder / each.images, *place)) for place in places(each)] for each in results]
+        rows = [
+            (each.title, [picture(read_image_of(folder / each.images, *place)) for place in places(each)])
+            for each in results
+        ]
+        if conditions:
+            rows.insert(
+                0, ("The edges that were asked for", [_line_drawing(edges) for edges in conditions()[:COLUMNS]])
+            )
     except GuidanceError:
         if path.is_file():
             return
         raise
-    width = max(len(row) for row in rows) * (_SIDE + _GAP) + _GAP
+    width = max(len(row) for _, row in rows) * (_SIDE + _GAP) + _GAP
     header = _LINE if headings(results[0]) else 0
     sheet = Image.new("RGB", (width, header + len(rows) * (_SIDE + _LINE + _GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, text in enumerate(headings(results[0])):
         draw.text((_GAP + column * (_SIDE + _GAP), 2), _fitting(draw, text), fill="dimgrey")
-    for number, (result, row) in enumerate(zip(results, rows, strict=True)):
+    for number, (title, row) in enumerate(rows):
         top = header + number * (_SIDE + _LINE + _GAP)
-        draw.text((_GAP, top + 2), result.title, fill="black")
+        draw.text((_GAP, top + 2), title, fill="black")
         for column, image in enumerate(row):
             sheet.paste(image.resize((_SIDE, _SIDE)), (_GAP + column * (_SIDE + _GAP), top + _LINE))
     sheet.save(path, quality=90)
@@ -75,6 +86,10 @@ def headings(result: Result) -> list[str]:
     if result.task != "alignment":
         return []
     return [str(result.details[prompt]["prompt"]) for prompt, _ in places(result)]
+
+
+def _line_drawing(edges: Tensor) -> Image.Image:
+    return picture(edges.byte().mul(255).expand(3, -1, -1))
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:

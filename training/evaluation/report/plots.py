@@ -64,12 +64,19 @@ def plane_values(sweep: Sweep, number: str) -> np.ndarray[tuple[int, int], np.dt
 
 
 def _scatter(axes: Axes, points: Sequence[Point], title: str) -> None:
-    for name, fid, aligned, size, ours in points:
+    for place, (name, fid, aligned, size, ours) in enumerate(sorted(points, key=lambda point: point[1])):
         x = -log(fid / 100)
         diameter = 5 + 2.2 * log10(1 + size)
         axes.plot(x, aligned, "o", markersize=diameter, alpha=0.75, color=_OURS if ours else _OTHERS)
+        side = 1 if place % 2 == 0 else -1  # neighbours' names above and below
         axes.annotate(
-            name, (x, aligned), xytext=(0, diameter / 2 + 3), textcoords="offset points", ha="center", fontsize=8
+            name,
+            (x, aligned),
+            xytext=(0, side * (diameter / 2 + 3)),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if side > 0 else "top",
+            fontsize=8,
         )
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("fidelity: -log(FID / 100)")

@@ -7,20 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.report import page_text, read_published, write_report
+from comfyui_gcfg.training.evaluation.report import Experiment, page_text, read_published, write_report
 from comfyui_gcfg.training.evaluation.report.plots import plane_values, tradeoff_points
 from comfyui_gcfg.training.evaluation.report.stored import Results
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[4] / "docs"
-STAGES = {"prior": 600.0, "methods": 300.0}
+EXPERIMENT = Experiment("A small world", "Digits in *real* handwriting.\n", {"prior": 600.0, "methods": 300.0})
+
+
+def conditions():
+    """Five edge maps; the k-th is a bar in the k-th eighth."""
+    return (torch.arange(64) // 8 == torch.arange(5)[:, None])[:, None].expand(5, 64, 64)
 
 
 @pytest.fixture(scope="module")
 def written(every_result, output, tmp_path_factory):
     path = tmp_path_factory.mktemp("docs") / "reproduction.md"
-    write_report(every_result, STAGES, path, output)
+    write_report(every_result, EXPERIMENT, path, output, conditions)
     return path
 
 
@@ -42,7 +48,7 @@ def rows(text):
 
 def test_every_page_of_the_docs_is_that_of_its_json():
     """Make it anew with `gcfg evaluate report CONFIG --page docs/NAME.md` after changing either."""
-    folders = [path.parent for path in sorted(DOCS.glob("*/stages.json"))]
+    folders = [path.parent for path in sorted(DOCS.glob("*/experiment.json"))]
     pages = [path for path in DOCS.glob("*.md") if "`gcfg evaluate report` wrote this page" in path.read_text("utf-8")]
     assert [folder.with_suffix(".md") for folder in folders] == sorted(pages)
     for folder, path in zip(folders, sorted(pages), strict=True):
@@ -75,7 +81,7 @@ def test_the_page_differs_where_a_number_in_the_json_differs(page):
 
 
 def test_the_order_of_the_files_does_not_matter(stored):
-    assert page_text(stored[::-1], STAGES, "x") == page_text(stored, STAGES, "x")
+    assert page_text(stored[::-1], EXPERIMENT, "x") == page_text(stored, EXPERIMENT, "x")
 
 
 def test_all_that_the_page_refers_to_is_beside_it(page):
@@ -92,8 +98,8 @@ def test_all_that_the_page_refers_to_is_beside_it(page):
 
 
 def test_the_published_json_holds_all_but_this_machines_folders(page, stored):
-    published, stages = read_published(page.with_suffix(""))
-    assert stages == STAGES
+    published, experiment = read_published(page.with_suffix(""))
+    assert experiment == EXPERIMENT
     assert len(published) == len(stored)
     for each in published:
         assert each["files"]["fid.images"]["path"] == "scans"
@@ -160,11 +166,11 @@ def test_stages_seeds_and_hashes_are_told(page):
 
 def test_results_of_two_configs_are_told(stored):
     stored[0]["config"] = {**stored[0]["config"], "sampling": {**stored[0]["config"]["sampling"], "steps": 26}}
-    assert "These results come from more than one config" in page_text(stored, {}, "x")
+    assert "These results come from more than one config" in page_text(stored, EXPERIMENT, "x")
 
 
 def test_what_a_small_run_cannot_tell_is_not_said_of_a_large_one(stored):
-    small = section(page_text(stored, {}, "x"), "What this cannot tell")
+    small = section(page_text(stored, EXPERIMENT, "x"), "What this cannot tell")
     assert "64 pixels wide, the paper's 512" in small
     assert "FID is over 20 images, the paper's over 50,000" in small
     assert "`own.package:features`, not Inception's" in small
@@ -173,7 +179,7 @@ def test_what_a_small_run_cannot_tell_is_not_said_of_a_large_one(stored):
         each["config"] = {**each["config"], "sampling": {**each["config"]["sampling"], "size": 512}}
         each["config"]["fid"] = {**each["config"]["fid"], "extractor": "inception"}
         each["count"], each["parameters"] = 50_000, 859_000_000
-    large = section(page_text(stored, {}, "x"), "What this cannot tell")
+    large = section(page_text(stored, EXPERIMENT, "x"), "What this cannot tell")
     assert re.search("pixels wide|50,000|Inception|859M", large) is None
     assert "No people were asked" in large
 
@@ -193,26 +199,33 @@ def test_a_sheet_shows_the_methods_images_from_the_same_seeds(page, scan):
             assert np.corrcoef(cell.ravel(), expected.ravel())[0, 1] > 0.99
 
 
-def test_edges_are_shown_one_for_each_condition(page, scan):
+def test_edges_are_shown_above_an_image_of_each_condition(page, scan):
     pixels = np.asarray(Image.open(page.with_suffix("") / "canny-methods.jpg").convert("L"), dtype=float)
-    for column in range(5):
-        cell = pixels[16:88, 3 + column * 75 : 75 + column * 75].reshape(8, 9, 8, 9).mean((1, 3))
+    for column, edges in enumerate(conditions()):
+        left = 3 + column * 75
+        shown = pixels[16:88, left : left + 72].reshape(8, 9, 8, 9).mean((1, 3))
+        assert np.corrcoef(shown.ravel(), edges[::8, ::8].float().numpy().ravel())[0, 1] > 0.99
+        image = pixels[107:179, left : left + 72].reshape(8, 9, 8, 9).mean((1, 3))
         expected = scan("canny", "prior", 0, 4 * column)[0, ::8, ::8].numpy()
-        assert np.corrcoef(cell.ravel(), expected.ravel())[0, 1] > 0.99
+        assert np.corrcoef(image.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_the_page_begins_with_what_the_experiment_says(page):
+    assert page.read_text(encoding="utf-8").startswith("# A small world\n\nDigits in *real* handwriting.\n\nThe tables")
 
 
 def test_pictures_stay_where_the_images_are_gone(page, stored, tmp_path):
     before = (page.with_suffix("") / "fid-methods.jpg").read_bytes()
-    write_report(stored, STAGES, page, tmp_path / "gone")
+    write_report(stored, EXPERIMENT, page, tmp_path / "gone", conditions)
     assert (page.with_suffix("") / "fid-methods.jpg").read_bytes() == before
     with pytest.raises(GuidanceError, match="has no image 0 of prompt 0"):
-        write_report(stored, STAGES, tmp_path / "other.md", tmp_path / "gone")
+        write_report(stored, EXPERIMENT, tmp_path / "other.md", tmp_path / "gone", conditions)
 
 
 def test_plots_are_the_same_each_time(page, stored, output):
     before = {path.name: path.read_bytes() for path in page.with_suffix("").glob("*.png")}
     assert set(before) == {"tradeoff.png", "plane.png"}
-    write_report(stored, STAGES, page, output)
+    write_report(stored, EXPERIMENT, page, output, conditions)
     assert {name: (page.with_suffix("") / name).read_bytes() for name in before} == before
 
 
@@ -226,7 +239,7 @@ def test_the_plots_show_the_stored_numbers(stored):
 
 def test_a_page_needs_neither_ablations_nor_a_sweep(stored, output, tmp_path):
     few = [each for each in stored if each["task"] == "fid" and each["group"] == "methods"]
-    write_report(few, None, tmp_path / "few.md", output)
+    write_report(few, EXPERIMENT, tmp_path / "few.md", output, conditions)
     text = (tmp_path / "few.md").read_text(encoding="utf-8")
     assert "## Unconditional generation" in text
     assert re.search("Table 2\\)\n|Fig. 9|Fig. 8|Condition decoupling \\(", text) is None
@@ -234,11 +247,11 @@ def test_a_page_needs_neither_ablations_nor_a_sweep(stored, output, tmp_path):
 
 def test_the_results_of_a_method_that_is_gone_go_too(page, stored, output):
     fewer = [each for each in stored if each["method"] != "oft"]
-    write_report(fewer, STAGES, page, output)
+    write_report(fewer, EXPERIMENT, page, output, conditions)
     assert len(read_published(page.with_suffix(""))[0]) == len(fewer)
     assert "| OFT |" not in page.read_text(encoding="utf-8")
 
 
 def test_no_results_are_told(tmp_path):
     with pytest.raises(GuidanceError, match="holds no results, expected some; run gcfg evaluate tables first"):
-        write_report([], None, tmp_path / "page.md", tmp_path)
+        write_report([], EXPERIMENT, tmp_path / "page.md", tmp_path, conditions)
