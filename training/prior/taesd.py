@@ -88,8 +88,13 @@ def from_file(lazy: LazyStateDict, shapes: Shapes, prefix: str, scaling_factor: 
     Raises: RuntimeError or KeyError: if weights are missing or of another shape.
     """
     weights = {ours: lazy[key].to(torch.float32, copy=True) for ours, key in _names(shapes, prefix)}
+    widths = (shapes[prefix + TAESD_FIRST[0]][0],) * 4  # 64 in every published file
     with torch.device("meta"):
-        tiny = AutoencoderTiny(latent_channels=shapes[prefix + TAESD_FIRST[1]][1])
+        tiny = AutoencoderTiny(
+            latent_channels=shapes[prefix + TAESD_FIRST[1]][1],
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+        )
     tiny.load_state_dict(weights, assign=True)
     # ComfyUI's defaults where a file states none.
     scale, shift = (
