@@ -147,7 +147,8 @@ def _new_processes():
 def start():
     """Start the command in a process of its own, forked from one that has the libraries already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["comfyui_gcfg.training.run", "comfyui_gcfg.training.data.encode_images"])
+    commands = ("training.run", "training.data.encode_images", "training.evaluation.run")
+    context.set_forkserver_preload([f"comfyui_gcfg.{command}" for command in commands])
 
     with mock.patch.dict(os.environ, QUIET):
         ensure_running()

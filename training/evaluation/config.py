@@ -113,8 +113,8 @@ class Term(_Section):
             text = text.replace(f"{{part{number}}}", part)
         if re.search(r"{part\d+}", text):
             raise GuidanceError(
-                f"A term's prompt is {self.prompt!r}, but the task's prompt {prompt!r} has {len(parts)} part(s), expected "
-                f"more; separate them by '{SEPARATOR}'."
+                f"A term's prompt is {self.prompt!r}, but the task's prompt {prompt!r} has {len(parts)} part(s), "
+                f"expected more; separate them by '{SEPARATOR}'."
             )
         return text
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import zipfile
 from io import BytesIO
 
@@ -274,6 +275,48 @@ def test_tables_runs_everything_and_writes_the_page(all_of_it, tmp_path):
     told = gcfg("report", path, "--stages", tmp_path / "stages.json")
     assert told.exit_code == 1
     assert "expected JSON such as" in told.output
+
+
+def test_the_ab_test_shows_the_methods_images_side_by_side(all_of_it, tmp_path):
+    path = all_of_it / "evaluation.toml"
+    told = gcfg("abtest", path, "--trials", "3")
+    assert told.exit_code == 0, (told.output, told.exception)
+    folder = all_of_it / "evaluation" / "abtest"
+    assert told.output.strip() == str(folder / "index.html")
+    key = json.loads((all_of_it / "evaluation" / "abtest-key.json").read_text())
+    shown = {name: (each["task"], each["method"]) for name, each in key["images"].items()}
+    assert sorted(shown.values()) == sorted(
+        (t, m) for t in ("fid", "alignment") for m in ("ours", "prior") for _ in range(3)
+    )
+    made = {
+        pair: {
+            image.tobytes() for prompt in images_of(all_of_it, result(all_of_it, "-".join(pair))) for image in prompt
+        }
+        for pair in set(shown.values())
+    }
+    assert all(np.asarray(Image.open(folder / name)).tobytes() in made[pair] for name, pair in shown.items())
+
+    mine = [name for name, (_, method) in shown.items() if method == "ours"]
+    choices = [{"trial": key["images"][name]["trial"], "chosen": name} for name in mine]
+    saved = {"format": 1, "test": key["test"], "session": "me", "choices": choices}
+    (tmp_path / "choices.json").write_text(json.dumps(saved))
+    told = gcfg("abtest", path, "--count", tmp_path / "choices.json")
+    assert re.search(r"ours +100\.0%.* 3 of 3", told.output)
+    assert gcfg("abtest", path).exit_code == 1  # the page is there
+
+
+def test_an_ab_test_needs_two_methods(evaluation_file):
+    path = evaluation_file(methods={"ours": OURS})
+    told = gcfg("abtest", path)
+    assert told.exit_code == 1
+    assert "holds no results of two methods for one task" in told.output
+
+
+def test_a_missing_library_is_named_with_its_extra(evaluation_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfyui_gcfg.training.evaluation.run", None)
+    told = gcfg("fid", evaluation_file())
+    assert told.exit_code == 1
+    assert "install it with: pip install 'comfyui_gcfg[evaluate]'" in told.output
 
 
 def test_one_method_alone(evaluation_file, tmp_path):

@@ -27,7 +27,8 @@ LONG = {"methods": METHODS, "fid": {"count": 11, "search_count": 4}, "sampling":
 
 def written(folder):
     return {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "evaluation" / "images").rglob("[0-9]*.zip")
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (folder / "evaluation" / "images").rglob("[0-9]*.zip")
     }
 
 
