@@ -68,7 +68,7 @@ def _lowest_controllable(results: Results, task: str, images: str) -> Claim:
     aligned = _numbers(results, "alignment", "alignment")
     if prior is None or ours is None or OURS not in aligned:
         return Claim(statement, rule, words.ABSENT, words.ABSENT, None)
-    least = prior - KEPT_ALIGNMENT
+    least = prior - KEPT_ALIGNMENT - 1e-9  # both are shares of a count
     if aligned[OURS] < least:
         here = f"ours keeps {words.share(aligned[OURS])}, the prior {words.share(prior)}"
         return Claim(statement, rule, here, words.ABSENT, False)

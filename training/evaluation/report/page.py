@@ -1,27 +1,20 @@
-"""The page: a pure function of the stored results, and the files it refers to, written beside it."""
+"""The page: a pure function of the stored results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from ....gcfg.errors import GuidanceError
-from ...files import whole_file
-from ..results import read_results
 from . import tables
 from .claims import claims, drift_pairs
 from .limits import limits
 from .paper import OURS
-from .pictures import copy_picture, draw_sheet
-from .plots import draw_plane, draw_tradeoff, tradeoff_points
-from .stored import METHODS, SWEEP, Result, Results, Sweep
+from .plots import tradeoff_points
+from .stored import METHODS, Result, Results, Sweep
 
-RESULTS, EXPERIMENT = "results", "experiment.json"
+RESULTS = "results"  # folder of their files, in that beside the page
 
 _TASKS = {
     "fid": "Unconditional images",
@@ -65,65 +58,6 @@ class Experiment:
     title: str
     about: str
     stages: Mapping[str, float]
-
-
-def write_report(
-    stored: Sequence[Mapping[str, Any]],
-    experiment: Experiment,
-    page: Path,
-    folder: Path,
-    conditions: Callable[[], Tensor],
-) -> None:
-    """Write the page, and beside it a folder of its name with the results, plots and pictures it was made from.
-
-    Args:
-        stored: the results, as their files hold them.
-        experiment: what the page says beside them.
-        page: a Markdown file.
-        folder: of the evaluation's output, where the images are.
-        conditions: gives the edge maps that images were guided by, (N, H, W) bool; called if there are such images.
-
-    Raises: GuidanceError: if there are no results, or their images are gone.
-    """
-    if not stored:
-        raise GuidanceError(f"{str(folder)!r} holds no results, expected some; run gcfg evaluate tables first.")
-    beside = page.with_suffix("")
-    published = [_published(each) for each in stored]
-    files = {beside / RESULTS / f"{_name(values)}.json": values for values in published}
-    for path, values in files.items():
-        _write_json(path, values)
-    for left in set((beside / RESULTS).glob("*.json")) - set(files):
-        left.unlink()  # of methods that are no more
-    _write_json(beside / EXPERIMENT, asdict(experiment))
-    results = Results(published)
-    for name, rows in _sheets(results).items():
-        draw_sheet(rows, folder, beside / name, conditions if rows[0].task == "canny" else None)
-    if _has_tradeoff(results):
-        draw_tradeoff(results, beside / "tradeoff.png")
-    for sweep in results.sweeps:
-        draw_plane(sweep, beside / "plane.png")
-        copy_picture(folder / sweep.grid, beside / "plane.jpg")
-    with whole_file(page) as path:
-        path.write_text(page_text(published, experiment, beside.name), encoding="utf-8", newline="\n")
-
-
-def read_published(folder: Path) -> tuple[list[dict[str, Any]], Experiment]:
-    """Return what stands beside a page, for `page_text`."""
-    said = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8"))
-    return read_results(folder / RESULTS), Experiment(**said)
-
-
-def read_stages(path: Path) -> dict[str, float]:
-    """Read a JSON file {stage: seconds}.
-
-    Raises: GuidanceError: if it is none.
-    """
-    expected = 'expected JSON such as {"prior": 612.5}, a stage and its seconds'
-    try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
-        return {str(stage): float(seconds) for stage, seconds in stages.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise GuidanceError(f"--stages {str(path)!r} cannot be read ({error}), {expected}.") from error
 
 
 def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
@@ -199,7 +133,7 @@ def _guided(results: Results, folder: str) -> list[str]:
 
 
 def _tradeoff(results: Results, folder: str) -> list[str]:
-    if not _has_tradeoff(results):
+    if not has_tradeoff(results):
         return []
     return [
         "## Fidelity against control (Fig. 9)",
@@ -265,8 +199,8 @@ def _provenance(results: Results, stages: Mapping[str, float], folder: str) -> l
     return blocks
 
 
-def _sheets(results: Results) -> dict[str, list[Result]]:
-    """The sheets of images by file name: each task of each group."""
+def sheets(results: Results) -> dict[str, list[Result]]:
+    """Return the sheets of images by file name: each task of each group."""
     found = {
         f"{task}-{group}.jpg": results.of_task(task, group) for group in (METHODS, *results.groups) for task in _TASKS
     }
@@ -277,30 +211,11 @@ def _sheet(results: Results, task: str, group: str, folder: str) -> list[str]:
     name = f"{task}-{group}.jpg"
     return (
         [f"![{_TASKS[task]}, a row for each method, all from the same seeds]({folder}/{name})"]
-        if name in _sheets(results)
+        if name in sheets(results)
         else []
     )
 
 
-def _has_tradeoff(results: Results) -> bool:
+def has_tradeoff(results: Results) -> bool:
+    """Tell whether there are points to plot."""
     return len(tradeoff_points(results)) > 1
-
-
-def _published(values: Any) -> Any:
-    """The same without the folders of this machine: of an absolute path only the name is left."""
-    if isinstance(values, Mapping):
-        return {key: _published(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_published(value) for value in values]
-    if isinstance(values, str) and Path(values).is_absolute():
-        return Path(values).name
-    return values
-
-
-def _name(values: Mapping[str, Any]) -> str:
-    return str(values["task"]) if values["task"] == SWEEP else f"{values['task']}-{values['method']}"
-
-
-def _write_json(path: Path, values: Any) -> None:
-    with whole_file(path) as beside:
-        beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,100 @@
+"""The page and all it refers to, written; and read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ....gcfg.errors import GuidanceError
+from ...files import whole_file
+from ..results import read_results
+from .page import RESULTS, Experiment, has_tradeoff, page_text, sheets
+from .pictures import copy_picture, draw_sheet
+from .plots import draw_plane, draw_tradeoff
+from .stored import SWEEP, Results
+
+_EXPERIMENT = "experiment.json"
+
+
+def write_report(
+    stored: Sequence[Mapping[str, Any]],
+    experiment: Experiment,
+    page: Path,
+    folder: Path,
+    conditions: Callable[[], Tensor],
+) -> None:
+    """Write the page, and beside it a folder of its name with the results, plots and pictures it was made from.
+
+    Args:
+        stored: the results, as their files hold them.
+        experiment: what the page says beside them.
+        page: a Markdown file.
+        folder: of the evaluation's output, where the images are.
+        conditions: gives the edge maps that images were guided by, (N, H, W) bool; called if there are such images.
+
+    Raises: GuidanceError: if there are no results, or their images are gone.
+    """
+    if not stored:
+        raise GuidanceError(f"{str(folder)!r} holds no results, expected some; run gcfg evaluate tables first.")
+    beside = page.with_suffix("")
+    published = [_published(each) for each in stored]
+    files = {beside / RESULTS / f"{_name(values)}.json": values for values in published}
+    for path, values in files.items():
+        _write_json(path, values)
+    for left in set((beside / RESULTS).glob("*.json")) - set(files):
+        left.unlink()  # of methods that are no more
+    _write_json(beside / _EXPERIMENT, asdict(experiment))
+    results = Results(published)
+    for name, rows in sheets(results).items():
+        draw_sheet(rows, folder, beside / name, conditions if rows[0].task == "canny" else None)
+    if has_tradeoff(results):
+        draw_tradeoff(results, beside / "tradeoff.png")
+    for sweep in results.sweeps:
+        draw_plane(sweep, beside / "plane.png")
+        copy_picture(folder / sweep.grid, beside / "plane.jpg")
+    with whole_file(page) as path:
+        path.write_text(page_text(published, experiment, beside.name), encoding="utf-8", newline="\n")
+
+
+def read_published(folder: Path) -> tuple[list[dict[str, Any]], Experiment]:
+    """Return what stands beside a page, for `page_text`."""
+    said = json.loads((folder / _EXPERIMENT).read_text(encoding="utf-8"))
+    return read_results(folder / RESULTS), Experiment(**said)
+
+
+def read_stages(path: Path) -> dict[str, float]:
+    """Read a JSON file {stage: seconds}.
+
+    Raises: GuidanceError: if it is none.
+    """
+    expected = 'expected JSON such as {"prior": 612.5}, a stage and its seconds'
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+        return {str(stage): float(seconds) for stage, seconds in stages.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise GuidanceError(f"--stages {str(path)!r} cannot be read ({error}), {expected}.") from error
+
+
+def _published(values: Any) -> Any:
+    """The same without the folders of this machine: of an absolute path only the name is left."""
+    if isinstance(values, Mapping):
+        return {key: _published(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_published(value) for value in values]
+    if isinstance(values, str) and Path(values).is_absolute():
+        return Path(values).name
+    return values
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return str(values["task"]) if values["task"] == SWEEP else f"{values['task']}-{values['method']}"
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8", newline="\n")
