@@ -135,8 +135,16 @@ class Recipe(_Section):
 class MethodConfig(_Section):
     """[methods.NAME]: a row of the tables, with a recipe for each task it takes part in."""
 
-    title: str = Field("", description="Name in the tables; without it the key.")
-    group: str = Field("methods", description="'methods' for the paper's tables, another word for an ablation.")
+    title: str = Field(
+        "",
+        description="Name in the tables; without it the key. The report knows the keys 'prior' (alone), 'ours', "
+        "'textual_inversion', 'dreambooth', 'custom_diffusion' and 'oft', and sets the paper's numbers beside them.",
+    )
+    group: str = Field(
+        "methods",
+        description="'methods' for the paper's tables; 'drift', 'null_text', 'decoupling', 'negative' or another word "
+        "for an ablation.",
+    )
     fid: Recipe | None = None
     alignment: Recipe | None = None
     canny: Recipe | None = None
