@@ -185,9 +185,37 @@ def vae_state_dict(dtype: torch.dtype = torch.float32) -> StateDict:
     return to_dtype(sd, dtype)
 
 
-def clip_l_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32) -> StateDict:
-    """Return a CLIP-L text encoder (Hugging Face keys, `text_model.` first)."""
-    return to_dtype(_draw_all(layouts.clip_l(), seed), dtype)
+def clip_l_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 12) -> StateDict:
+    """Return a CLIP-L text encoder (Hugging Face keys, `text_model.` first).
+
+    Args:
+        seed: one seed, one set of weights.
+        dtype: of the returned tensors.
+        layers: of the transformer; loaders other than the trainer's want 12, see `with_all_layers`.
+    """
+    shapes = {name: shape for name, shape in layouts.clip_l().items() if _layer(name) < layers}
+    return to_dtype(_draw_all(shapes, seed), dtype)
+
+
+def with_all_layers(clip: Mapping[str, Tensor]) -> StateDict:
+    """Return the text encoder with CLIP-L's 12 layers: those it lacks are zeros, and pass on what they get."""
+    dtype = clip["text_model.final_layer_norm.weight"].dtype
+    return {name: clip.get(name, torch.zeros(shape, dtype=dtype)) for name, shape in layouts.clip_l().items()}
+
+
+def full_taesd(vae: Mapping[str, Tensor]) -> StateDict:
+    """Return a narrower TAESD with the 64 channels that loaders want, filled up with zeros: there is no norm in it."""
+    return {
+        name: torch.nn.functional.pad(
+            vae[name],
+            [n for want, have in zip(shape[::-1], vae[name].shape[::-1], strict=True) for n in (0, want - have)],
+        )
+        for name, shape in layouts.vae().items()
+    }
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[3]) if ".layers." in name else -1
 
 
 def to_dtype(sd: Mapping[str, Tensor], dtype: torch.dtype) -> StateDict:
