@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,6 +60,7 @@ def train_prior(
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     unet = new_unet().train()
+    unet.set_attn_processor(AttnProcessor())  # plain products: at 64 positions a tenth faster than torch's fused one
 
     def noise(network: nn.Module, x: Tensor, t: Tensor, chosen: Tensor) -> Tensor:
         dropped = rng.random(len(chosen)) < _CAPTION_DROPOUT

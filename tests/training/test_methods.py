@@ -201,7 +201,7 @@ def test_the_merged_unet_computes_what_peft_computes(runs, checkpoint, tiny_unet
     assert not unexpected
     assert not [name for name in missing if "lora_" in name or "oft_" in name]
     merged = as_unet(export_run(runs(method) / "run", tmp_path / "a.safetensors", dtype="fp32"), tiny_unet)
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.randn(2, 77, 32)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.randn(1, 77, 32).expand(2, -1, -1)
     with torch.no_grad():
         expected, before = network(x, t, context).sample, tiny_unet(x, t, context).sample
         torch.testing.assert_close(merged(x, t, context).sample, expected, rtol=1e-4, atol=1e-5)

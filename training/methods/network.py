@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..attention import share_prompts
 from ..config import ModelConfig
 from ..prior.learned_token import LearnedToken
 from ..prior.model import Prior
@@ -28,6 +29,7 @@ def prompted(prior: Prior, model: ModelConfig, seed: int) -> nn.Module:
     Raises: GuidanceError: if the method does not fit the prior.
     """
     unet: nn.Module = prior.load_unet()
+    share_prompts(unet, keep=False)
     if model.method == "textual_inversion":
         return _inverted(unet, prior, model)
     if model.method == "lora":

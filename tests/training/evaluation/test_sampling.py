@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from comfyui_gcfg.training.concept import Conditions, predict
-from comfyui_gcfg.training.evaluation.attention import SharedPromptAttention, share_prompts
+from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
 from comfyui_gcfg.training.evaluation.sampling import (
     Control,
     Guidance,
@@ -85,7 +85,7 @@ def shared_unet(tiny_unet):
     """The tiny UNet with the processor, beside which the plain one stays as it is."""
     unet = UNet2DConditionModel.from_config(tiny_unet.config).eval()
     unet.load_state_dict(tiny_unet.state_dict())
-    share_prompts(unet)
+    share_prompts(unet, keep=True)
     return unet
 
 
