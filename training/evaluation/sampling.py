@@ -18,7 +18,7 @@ from ..samples import Denoise, _scheduler
 if TYPE_CHECKING:
     from ..prior.vae import Autoencoder
 
-_DECODED_PIXELS = 1 << 21  # of the images that pass the VAE at once: 512 of 64 x 64, 8 of 512 x 512
+_DECODED_PIXELS = 1 << 18  # of the images that pass the VAE at once: 64 of 64 x 64, 1 of 512 x 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +145,6 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     pixels_each = 64 * latents.shape[-2] * latents.shape[-1]
     images = []
     for part in torch.split(latents / vae.config.scaling_factor, max(1, _DECODED_PIXELS // pixels_each)):
-        pixels = vae.decode(part.to(vae.dtype)).sample.float()
+        pixels = vae.decode(part.to(vae.dtype).contiguous(memory_format=torch.channels_last)).sample.float()
         images.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
     return torch.cat(images)
