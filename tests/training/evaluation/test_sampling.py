@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.training.concept import Conditions, predict
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
+from comfyui_gcfg.training.concept import Conditions, predict
 from comfyui_gcfg.training.evaluation.sampling import (
     Control,
     Guidance,
