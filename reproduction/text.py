@@ -15,16 +15,14 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..demo.models import clip_l_state_dict
+from ..demo.small_world import CLIP_LAYERS, CLIP_SEED
 from ..gcfg.errors import GuidanceError
 from ..training.prior.text_encoder import END, LENGTH, START, clip_config, token_ids
-
-LAYERS = 2
-_SEED = 1
 
 
 def text_encoder() -> dict[str, Tensor]:
     """Return its weights, in Hugging Face keys."""
-    return clip_l_state_dict(_SEED, layers=LAYERS)
+    return clip_l_state_dict(CLIP_SEED, layers=CLIP_LAYERS)
 
 
 def tokenizer() -> Path:
@@ -44,7 +42,8 @@ def encode(clip: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """Return the embeddings of many prompts, (N, 77, 768)."""
     bare = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in clip.items()}
     model = CLIPTextModel(CLIPTextConfig(**clip_config(bare, "quick_gelu"))).eval()
-    model.load_state_dict(dict(clip))
+    flat = not any(name.startswith("text_model.") for name in model.state_dict())  # since transformers 5.6
+    model.load_state_dict({name.removeprefix("text_model.") if flat else name: w for name, w in clip.items()})
     folder = tokenizer()
     ids = torch.tensor([_padded(token_ids(prompt, folder)) for prompt in prompts])
     return torch.cat([model(some).last_hidden_state for some in ids.split(64)])

@@ -14,7 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
 # What each room may import, besides itself.
-ROOMS = {"gcfg": set(), "nodes": {"gcfg"}, "training": {"gcfg"}, "demo": {"gcfg"}}
+ROOMS = {
+    "gcfg": set(),
+    "nodes": {"gcfg"},
+    "training": {"gcfg"},
+    "demo": {"gcfg"},
+    "reproduction": {"gcfg", "training", "demo"},
+}
 # ComfyUI's own top-level modules. `folder_paths`, its list of model folders, is open to all of nodes/.
 COMFYUI = {
     "comfy",
@@ -101,6 +107,7 @@ def test_imports_point_one_way(path):
         ("training/x.py", "import comfy"),
         ("demo/x.py", "import comfy"),
         ("demo/x.py", "from ..nodes.runtime import versions"),
+        ("demo/x.py", "from ..reproduction import world"),
         ("__init__.py", "from . import gcfg"),
         ("__init__.py", "from .training import cli"),
     ],

@@ -1,0 +1,98 @@
+"""The trained models of the small world (`reproduction/` makes them), as files that stock loaders take.
+
+They stand in `trained/` at a fifth of Stable Diffusion's width and in half precision; `widen` gives them its 320
+channels, and what loaders want besides is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+
+from . import models
+from .models import StateDict
+from .widen import widen
+
+TRAINED = Path(__file__).parent / "trained"
+FACTOR = 5
+SIZE = 64  # of its pictures, in pixels
+SCAN = TRAINED / "scan.png"  # one of the scans that no network has seen
+
+CLIP_SEED, CLIP_LAYERS = 1, 2  # of the text encoder, which is not trained
+
+# What the workflows' prompts are in a world of digits.
+PROMPTS = {
+    "sunflower in Van Gogh style": "a red seven",
+    "sunflower": "seven",
+    "in Van Gogh style": "a photo of a digit, red",
+    "a girl with long hair, detailed eyes, looking at the viewer": "a photo of a digit",
+    "a full-body photo of a woman in a park": "a white three on a black background",
+    "a photo of a garden": "a photo of a digit",
+    "red flowers": "a photo of a digit, red",
+    "a portrait photo of a young man": "a photo of a digit",
+    "smiling": "white",
+    "sunglasses": "a photo of a digit, red",
+    "a portrait photo": "a photo of a digit",
+    "a portrait of an old man with a white beard": "a photo of a digit, five",
+    "a portrait of a woman with red hair, wearing glasses": "seven",
+}
+
+
+def prior() -> StateDict:
+    """Return the prior's UNet: printed digits and shapes in six colours, by prompt."""
+    return _wide("prior")
+
+
+def concept() -> StateDict:
+    """Return the null-text concept UNet, folded: handwriting, learned from scans alone."""
+    return _wide("concept")
+
+
+def custom() -> StateDict:
+    """Return a fine-tuned UNet that reads text: DreamBooth on the scans."""
+    return _wide("dreambooth")
+
+
+def controlnet() -> StateDict:
+    """Return the prior's canny ControlNet, `control_model.` first."""
+    prefix = "control_model."
+    bare = {name.removeprefix(prefix): tensor for name, tensor in _read("controlnet").items()}
+    return {prefix + name: tensor for name, tensor in _half(widen(bare, FACTOR)).items()}
+
+
+def vae() -> StateDict:
+    """Return the autoencoder, a TAESD."""
+    return models.full_taesd(_read("autoencoder"))
+
+
+def clip() -> StateDict:
+    """Return the text encoder, a CLIP-L of random weights."""
+    return models.with_all_layers(models.clip_l_state_dict(CLIP_SEED, torch.float16, CLIP_LAYERS))
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the workflows' input pictures: a scan, and a printed digit whose alpha channel is 0 around it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(SCAN, folder / "portrait.png")
+    picture, mask = Image.new("RGB", (SIZE, SIZE)), Image.new("L", (SIZE, SIZE), 255)
+    middle = (SIZE / 2, SIZE / 2)
+    ImageDraw.Draw(picture).text(middle, "3", "white", ImageFont.load_default(0.9 * SIZE), anchor="mm")
+    ImageDraw.Draw(mask).ellipse((0.1 * SIZE, 0.05 * SIZE, 0.9 * SIZE, 0.95 * SIZE), fill=0)
+    picture.putalpha(mask)
+    picture.save(folder / "full-body.png")
+
+
+def _wide(name: str) -> StateDict:
+    return _half(widen(_read(name), FACTOR))
+
+
+def _read(name: str) -> StateDict:
+    return load_file(TRAINED / f"{name}.safetensors")
+
+
+def _half(state_dict: StateDict) -> StateDict:
+    return models.to_dtype(state_dict, torch.float16)
