@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from . import models
 from .models import StateDict
-from .widen import widen
+from .widen import widen, widen_lora
 
 TRAINED = Path(__file__).parent / "trained"
 FACTOR = 5
@@ -39,6 +39,8 @@ PROMPTS = {
     "a portrait photo": "a photo of a digit",
     "a portrait of an old man with a white beard": "a photo of a digit, five",
     "a portrait of a woman with red hair, wearing glasses": "seven",
+    "a photo of face": "a photo of a digit",
+    "a photo of embedding:ffhq-face": "a photo of a embedding:ffhq-face",
 }
 
 
@@ -55,6 +57,16 @@ def concept() -> StateDict:
 def custom() -> StateDict:
     """Return a fine-tuned UNet that reads text: DreamBooth on the scans."""
     return _wide("dreambooth")
+
+
+def lora() -> StateDict:
+    """Return a LoRA on the prior's attention, trained on the scans, in kohya's keys."""
+    return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(_read("lora"), FACTOR).items()}
+
+
+def embedding() -> StateDict:
+    """Return a Textual Inversion of the scans: one word's embedding, `emb_params` (1, 768)."""
+    return _read("textual_inversion")
 
 
 def controlnet() -> StateDict:

@@ -1,4 +1,4 @@
-"""An exact copy of a narrow UNet or ControlNet at Stable Diffusion's own width, which every stock loader takes.
+"""An exact copy of a narrow UNet, ControlNet or LoRA at Stable Diffusion's own width, which every stock loader takes.
 
 Each channel is repeated `factor` times side by side (Net2WiderNet, Chen et al. 2016, https://arxiv.org/abs/1511.05641).
 Group and layer norms see the same mean and variance, a layer that reads repeated channels averages over them, and
@@ -29,6 +29,29 @@ def widen(state_dict: Mapping[str, Tensor], factor: int) -> dict[str, Tensor]:
     hints = [int(name.split(".")[1]) for name in state_dict if name.startswith(_HINT)]
     last_hint = f"{_HINT}{max(hints)}." if hints else ""
     return {name: _widened(name, tensor.float(), factor, last_hint) for name, tensor in state_dict.items()}
+
+
+def widen_lora(state_dict: Mapping[str, Tensor], factor: int) -> dict[str, Tensor]:
+    """Return the LoRA for the wider network; merged into it, it does what the narrow one does to the narrow network.
+
+    Args:
+        state_dict: kohya keys, on attention projections only; W' = W + alpha / rank * up down.
+        factor: as for `widen`.
+
+    Returns: the same keys; the rank and alpha stay.
+    """
+    return {name: _widened_half(name, tensor, factor) for name, tensor in state_dict.items()}
+
+
+def _widened_half(name: str, tensor: Tensor, factor: int) -> Tensor:
+    projection, _, part = name.partition(".")
+    if part == "lora_down.weight":
+        reads_text = projection.endswith(("attn2_to_k", "attn2_to_v"))
+        return tensor.float() if reads_text else tensor.float().repeat_interleave(factor, dim=1) / factor
+    if part == "lora_up.weight":
+        queries = projection.endswith("_to_q")
+        return _more_outputs(tensor.float() / (math.sqrt(factor) if queries else 1), factor)
+    return tensor
 
 
 def _widened(name: str, tensor: Tensor, factor: int, last_hint: str) -> Tensor:

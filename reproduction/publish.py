@@ -11,7 +11,12 @@ from ..training.files import whole_file
 from .scans import TRAINING, read_scans
 from .world import AUTOENCODER, CLASSIFIER, CONTROLNET, PRIOR
 
-MODELS = ("concept", "dreambooth")
+MODELS = {  # what becomes of each -> where its training left it, below methods/
+    "concept": "concept/concept",
+    "dreambooth": "dreambooth/dreambooth",
+    "lora": "lora/lora-lora",
+    "textual_inversion": "textual_inversion/textual_inversion",
+}
 _UNET = "model.diffusion_model."
 _SCAN = TRAINING + 3  # of those that no network has seen
 
@@ -23,8 +28,8 @@ def publish(folder: Path, destination: Path) -> None:
     _write(load_file(folder / AUTOENCODER), destination / "autoencoder")
     _write(load_file(folder / CONTROLNET), destination / "controlnet")
     _write(load_file(folder / CLASSIFIER), destination / "classifier")
-    for name in MODELS:
-        _write(load_file(folder / "methods" / name / f"{name}.safetensors"), destination / name)
+    for name, place in MODELS.items():
+        _write(load_file(folder / "methods" / f"{place}.safetensors"), destination / name)
     read_scans()[0][_SCAN].save(destination / "scan.png")
 
 
