@@ -37,6 +37,8 @@ class Order:
         prompts: for '{prompt}'.
         counts: images of each prompt.
         hints: their conditions, where a term has control = true.
+        search: whether they serve to choose weights; those have seeds of their own, or the choice would flatter the
+            final numbers.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Order:
     prompts: Sequence[str]
     counts: Sequence[int]
     hints: Hints | None = None
+    search: bool = False
 
 
 def generate(
@@ -84,7 +87,7 @@ def make(order: Order, shard: Shard, models: Models, sampling: SamplingConfig) -
     numbers = range(shard.start, shard.stop)
     guidance = models.guidance(order.recipe, order.weights, order.prompts[shard.prompt])
     side = sampling.size // PIXELS
-    seeds = [image_seed(sampling.seed, shard.prompt, number) for number in numbers]
+    seeds = [image_seed(sampling.seed, order.search, shard.prompt, number) for number in numbers]
     noise = starting_noise(seeds, (LATENT_CHANNELS, side, side)).to(models.device)
     controls = any(term.control and weight for term, weight in zip(order.recipe.terms, order.weights, strict=True))
     controlnet, layers = models.control if controls else (None, None)
@@ -97,7 +100,7 @@ def make(order: Order, shard: Shard, models: Models, sampling: SamplingConfig) -
         return decode(vae, latents)
 
 
-def image_seed(seed: int, prompt: int, number: int) -> int:
+def image_seed(seed: int, search: bool, prompt: int, number: int) -> int:
     """Return the seed of one image's noise: equal for all methods and weights, different for all images of a task."""
-    words = np.random.SeedSequence((seed, prompt, number)).generate_state(2, np.uint32)
+    words = np.random.SeedSequence((seed, search, prompt, number)).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1

@@ -25,7 +25,7 @@ from .results import FORMAT, Hashes, fingerprint, read_result, versions, write_r
 from .tasks import TASKS, Task
 
 RESULTS, IMAGES = "results", "images"
-_GENERATION = 1  # raised when the same settings give other images
+_GENERATION = 2  # raised when the same settings give other images
 
 Value = TypeVar("Value")
 Files = Mapping[str, Mapping[str, str]]  # path and sha256 by the setting that names the file
@@ -142,9 +142,10 @@ class Evaluation:
     ) -> Measured:
         """Make the images of some weights with all processes, and measure them with the main one."""
         name = f"{task.name}-{method}" if method else task.name
-        folder = self.folder / IMAGES / f"{name}-{fingerprint(self._image_values(recipe, task, files, weights))[:12]}"
+        decides = {**self._image_values(recipe, task, files, weights), "search": search}
+        folder = self.folder / IMAGES / f"{name}-{fingerprint(decides)[:12]}"
         paths = generate(
-            Order(recipe, weights, task.prompts, task.counts(search), task.hints),
+            Order(recipe, weights, task.prompts, task.counts(search), task.hints, search),
             folder,
             lambda: self._models_of(recipe),
             self.config.sampling,

@@ -1,11 +1,13 @@
 """`gcfg evaluate` as it is used: numbers beside those of other libraries, results that are kept, searches."""
 
 import hashlib
+import itertools
 import json
 import re
 import sys
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -199,6 +201,17 @@ def test_the_search_takes_the_best_by_its_rule(all_of_it):
     assert [term["weight"] for term in found["recipe"]["terms"]] == best["weights"]
 
 
+def test_no_image_of_the_search_counts_in_the_end(all_of_it):
+    """Or the weights would be chosen by the very images that are then measured."""
+    found = result(all_of_it, "fid-ours")
+    searched = [path.name for path in (all_of_it / "evaluation" / "images").glob("fid-ours-*")]
+    searched.remove(Path(found["images"]).name)
+    assert len(searched) == 2
+    shown = {image.tobytes() for name in searched for image in images_of(all_of_it, {"images": f"images/{name}"})[0]}
+    assert len(shown) == 2 * 6
+    assert not shown & {image.tobytes() for image in images_of(all_of_it, found)[0]}
+
+
 def test_the_rules_of_the_search(evaluation_config):
     config = evaluation_config()
     trials = [
@@ -219,10 +232,9 @@ def test_all_methods_start_from_the_same_noise(tmp_path, evaluation_file):
     one, two = (images_of(tmp_path, result(tmp_path, f"fid-{name}"))[0] for name in ("one", "two"))
     assert (one == two).all()
     assert len({image.tobytes() for image in one}) == 10
-    seeds = {
-        generation.image_seed(seed, prompt, number) for seed in (0, 1) for prompt in (0, 1) for number in range(50)
-    }
-    assert len(seeds) == 200
+    places = itertools.product((0, 1), (False, True), (0, 1), range(50))
+    seeds = {generation.image_seed(*place) for place in places}
+    assert len(seeds) == 400
     assert max(seeds) < 2**63
 
 

@@ -1,5 +1,7 @@
 """The evaluation's config file: presets, overrides, and what is wrong with it in one sentence."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from comfyui_gcfg.gcfg.errors import GuidanceError
@@ -7,6 +9,7 @@ from comfyui_gcfg.training.evaluation.config import TASKS, Config, Term, fields
 from comfyui_gcfg.training.evaluation.config_file import load_config
 from comfyui_gcfg.training.evaluation.measures import labelled_prompts
 from comfyui_gcfg.training.evaluation.run import grid
+from comfyui_gcfg.training.evaluation.tasks import ALIGNMENT_TOLERANCE
 
 
 def written(folder, text):
@@ -99,3 +102,19 @@ def test_every_setting_is_explained():
     names = [name for name, _, text in fields() if text]
     assert {"prior.controlnet", "models.NAME.token", "methods.NAME.canny", "RECIPE.terms.weight"} <= set(names)
     assert len(names) == len(list(fields()))
+
+
+def test_the_config_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    block = page.split("## The config")[1].split("A recipe computes")[0].split("    [prior]")[1]
+    text = "[prior]" + block
+    config = load_config(written(tmp_path, "\n".join(line.removeprefix("    ") for line in text.splitlines())))
+    assert config.methods["ours"].alignment.searched == (1,)
+    assert config.fid.count == 5000
+
+
+def test_the_page_tells_every_rule_and_task():
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for task in TASKS:
+        assert f"| `{task}` |" in page
+    assert f"within {ALIGNMENT_TOLERANCE:g} of the best" in page

@@ -1,18 +1,23 @@
 """The networks of an evaluation, beside diffusers' own from the same weights."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.concept import Conditions, predict
+from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
 from comfyui_gcfg.training.evaluation import texts as texts_module
 from comfyui_gcfg.training.evaluation.config import Recipe, Term
 from comfyui_gcfg.training.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.training.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.training.evaluation.sampling import denoiser
+from comfyui_gcfg.training.export import export_unet
 from comfyui_gcfg.training.prior.learned_token import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.samples import starting_noise
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 CPU = torch.device("cpu")
 PROMPT = "a b c"
@@ -172,3 +177,61 @@ def test_bf16_networks_stay_near(evaluation_config):
             outputs.append(predict(term.unet, x.to(dtype), torch.full((2,), 500), term.conditions))
     assert outputs[1].dtype == torch.bfloat16
     torch.testing.assert_close(outputs[1].float(), outputs[0], atol=0.1, rtol=0.1)
+
+
+@pytest.fixture
+def sdxl(tmp_path, tiny_vae):
+    """A tiny SDXL folder, and a null-text UNet made from it."""
+    torch.manual_seed(7)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        use_linear_projection=True,
+        cross_attention_dim=96,
+        attention_head_dim=(1, 1),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 64,
+    ).eval()
+    unet.save_pretrained(tmp_path / "sdxl" / "unet")
+    tiny_vae.save_pretrained(tmp_path / "sdxl" / "vae")
+    for name, kind, width in (
+        ("text_encoder", CLIPTextModel, 32),
+        ("text_encoder_2", CLIPTextModelWithProjection, 64),
+    ):
+        sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1}
+        kind(CLIPTextConfig(**sizes, projection_dim=width, eos_token_id=49407)).save_pretrained(
+            tmp_path / "sdxl" / name
+        )
+    concept = deepcopy(unet)
+    to_null_text(concept, null_text_features(concept, "zero"))
+    export_unet(concept.state_dict(), tmp_path / "sdxl.safetensors", "compact", "fp32", 96, {})
+    return unet, concept
+
+
+def test_sdxls_pooled_text_and_sizes_reach_every_network(evaluation_config, sdxl):
+    unet, concept = sdxl
+    config = evaluation_config(prior={"checkpoint": "sdxl"}, models={"concept": {"unet": "sdxl.safetensors"}})
+    models = Models(config, CPU)
+    recipe = Recipe(terms=(Term(model="concept"), Term(prompt="a b")))
+    x, times = starting_noise(range(2), (4, 4, 4)), torch.full((2,), 600)
+    found = denoiser(models.guidance(recipe, (1.5, 2.0)), models.objective)(x, times)
+
+    texts = [models.prior.encode_prompt(prompt, None, config.path("tokenizer")) for prompt in ("", "", "a b")]
+    with torch.no_grad():
+        base, *terms = (
+            network(
+                x,
+                times,
+                text.tokens.expand(2, -1, -1),
+                added_cond_kwargs={
+                    "text_embeds": text.pooled.expand(2, -1),
+                    "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]] * 2),
+                },
+            ).sample
+            for network, text in zip((unet, concept, unet), texts, strict=True)
+        )
+    eps = base + 1.5 * (terms[0] - base) + 2.0 * (terms[1] - base)
+    torch.testing.assert_close(found, models.objective.denoised(x, eps, times), atol=1e-4, rtol=1e-4)
