@@ -77,6 +77,7 @@ def train_classifier(
     steps: int,
     batch_size: int = 64,
     tick: Callable[[], object] = int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Train on scans in random colours and on drawn pictures, half of each batch from either.
 
@@ -88,12 +89,13 @@ def train_classifier(
         steps: of AdamW, with one cycle of the learning rate.
         batch_size: pictures of one step.
         tick: called after each step.
+        device: to train on.
 
     Returns: the weights.
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    network = Classifier().train()
+    network = Classifier().to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     names = list(COLOURS)
@@ -105,14 +107,15 @@ def train_classifier(
         pairs = torch.from_numpy(np.stack([rng.permutation(len(names))[:2] for _ in i]))
         pictures = torch.cat((coloured(scans[i], palette[pairs[:, 0]], palette[pairs[:, 1]]), world[j]))
         truth = torch.cat((torch.cat((written[i, None], pairs, torch.ones(len(i), 1, dtype=torch.long)), 1), drawn[j]))
-        found = network.answers(network(_moved(pictures, rng)))
+        found = network.answers(network(_moved(pictures, rng).to(device)))
+        truth = truth.to(device)
         loss = torch.stack([functional.cross_entropy(found[q], truth[:, k]) for k, q in enumerate(_ANSWERS)]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         tick()
-    return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
 
 
 def coloured(scans: Tensor, colour: Tensor, background: Tensor) -> Tensor:

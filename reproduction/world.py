@@ -60,7 +60,7 @@ class World:
     def train_autoencoder(self) -> None:
         """Train the autoencoder on the drawn pictures."""
         with _bar("autoencoder", self._settings.autoencoder_steps) as tick:
-            vae = train_autoencoder(self._pictures, self._settings.autoencoder_steps, tick=tick)
+            vae = train_autoencoder(self._pictures, self._settings.autoencoder_steps, tick=tick, device=_device())
         _write(vae, self._folder / AUTOENCODER)
 
     def train_classifier(self) -> None:
@@ -73,6 +73,7 @@ class World:
                 self._scenes,
                 self._settings.classifier_steps,
                 tick=tick,
+                device=_device(),
             )
         _write(network, self._folder / CLASSIFIER)
 
@@ -89,6 +90,7 @@ class World:
                 self._settings.prior_batch,
                 self._settings.prior_learning_rate,
                 tick,
+                _device(),
             )
         with whole_file(self._folder / PRIOR) as beside:
             save_checkpoint(beside, _contiguous(diffusers_to_ldm(unet)), vae, clip)
@@ -108,11 +110,12 @@ class World:
                 self._settings.prior_batch,
                 self._settings.prior_learning_rate,
                 tick,
+                _device(),
             )
         _write(controlnet_to_ldm(control), self._folder / CONTROLNET)
 
     def _encode(self, vae: Mapping[str, Tensor], clip: Mapping[str, Tensor]) -> None:
-        self._latents = encode(vae, self._pictures)
+        self._latents = encode(vae, self._pictures, _device())
         self._embeddings = text.encode(clip, self._prompts)
 
 
@@ -155,6 +158,10 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().to(torch.float32, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
