@@ -11,8 +11,8 @@ import typer
 
 from ...gcfg.errors import GuidanceError
 from ..command_errors import one_sentence
-from .config import TASKS, Config, Task, fields
-from .config_file import load_config
+from .config import TASKS, Config, Task
+from .config_file import fields, load_config
 
 if TYPE_CHECKING:
     from .run import Evaluation

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -25,11 +25,13 @@ NotNegative = Annotated[int, Field(ge=0)]
 Weight = float | Annotated[tuple[float, ...], Field(min_length=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What all sections have in common."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-class PriorConfig(_Section):
+class PriorConfig(Section):
     """The frozen model."""
 
     checkpoint: str = Field(
@@ -46,7 +48,7 @@ class PriorConfig(_Section):
     )
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How images are made."""
 
     size: Positive = Field(512, description="Side of the square images, in pixels; a multiple of 8.")
@@ -62,13 +64,13 @@ class SamplingConfig(_Section):
         return self
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """What is written."""
 
     folder: str = Field("evaluation", description="Folder of the images, the results and the report.")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """[models.NAME]: a model beside the prior."""
 
     unet: str = Field(
@@ -89,7 +91,7 @@ class ModelConfig(_Section):
         return self
 
 
-class Term(_Section):
+class Term(Section):
     """One guidance: w (model(prompt) - base)."""
 
     model: str = Field(PRIOR, description="Name below [models], or 'prior'.")
@@ -119,7 +121,7 @@ class Term(_Section):
         return text
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """How a method makes images: denoised = base(unconditional) + sum_i w_i (term_i - base)."""
 
     base: str = Field(PRIOR, description="The unconditional model: a name below [models], or 'prior'.")
@@ -132,7 +134,7 @@ class Recipe(_Section):
         return tuple(place for place, term in enumerate(self.terms) if isinstance(term.weight, tuple))
 
 
-class MethodConfig(_Section):
+class MethodConfig(Section):
     """[methods.NAME]: a row of the tables, with a recipe for each task it takes part in."""
 
     title: str = Field(
@@ -156,7 +158,7 @@ class MethodConfig(_Section):
         return found
 
 
-class FidConfig(_Section):
+class FidConfig(Section):
     """Fidelity: distance of unconditional images from the real ones."""
 
     images: str = Field("", description="Folder of the real images; they are fitted to sampling.size.")
@@ -171,14 +173,14 @@ class FidConfig(_Section):
     )
 
 
-class LabelledPrompt(_Section):
+class LabelledPrompt(Section):
     """A prompt, and what the classifier is asked about its images."""
 
     prompt: str
     label: str
 
 
-class AlignmentConfig(_Section):
+class AlignmentConfig(Section):
     """Control by text: how often the prompted attribute is there."""
 
     prompts: Literal["table3"] | tuple[LabelledPrompt, ...] = Field(
@@ -193,7 +195,7 @@ class AlignmentConfig(_Section):
     clip: str = Field("", description="Folder of a CLIP, for the CLIP score beside the alignment.")
 
 
-class CannyConfig(_Section):
+class CannyConfig(Section):
     """Control by edges: how well the result keeps those of the condition."""
 
     images: str = Field("", description="Folder of images from which the conditions' edges are taken.")
@@ -204,14 +206,14 @@ class CannyConfig(_Section):
     high: NotNegative = Field(200, description="Canny's upper threshold.")
 
 
-class DiversityConfig(_Section):
+class DiversityConfig(Section):
     """How much the images of one prompt differ, by the FID's extractor."""
 
     prompts: tuple[str, ...] = Field(("",), min_length=1, description="Each is measured alone; the mean counts.")
     per_prompt: Annotated[int, Field(gt=1)] = Field(50, description="Images of each prompt.")
 
 
-class SweepConfig(_Section):
+class SweepConfig(Section):
     """The plane of two weights (the paper's Fig. 8(a))."""
 
     recipe: Recipe | None = Field(None, description="A recipe, two of whose weights are lists.")
@@ -228,14 +230,14 @@ class SweepConfig(_Section):
         return self
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     """The page."""
 
     title: str = Field("The paper's experiments, measured here", description="Its heading.")
     about: str = Field("", description="Paragraphs below it, in Markdown: what the prior and the concept are.")
 
 
-class Config(_Section):
+class Config(Section):
     """An evaluation."""
 
     preset: Literal["", "ffhq"] = Field("", description="The paper's settings to start from.")
@@ -294,14 +296,3 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "base", recipe.base
     for place, term in enumerate(recipe.terms):
         yield f"terms.{place}.model", term.model
-
-
-def fields() -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted name, default, description) of every setting, in the schema's order."""
-    sections = {name: info.annotation for name, info in Config.model_fields.items()}
-    sections |= {"models.NAME": ModelConfig, "methods.NAME": MethodConfig}
-    sections |= {"RECIPE": Recipe, "RECIPE.terms": Term}
-    for name, section in sections.items():
-        if isinstance(section, type) and issubclass(section, _Section):
-            for key, field in section.model_fields.items():
-                yield f"{name}.{key}", field.get_default(), field.description or "A recipe."

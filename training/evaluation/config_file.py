@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from ...gcfg.errors import GuidanceError
 from ..config_file import first_problem, merged, read_toml
-from .config import Config, fields
+from .config import Config, MethodConfig, ModelConfig, Recipe, Section, Term
 
 _PRESETS = Path(__file__).parent / "presets"
+
+
+def fields() -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted name, default, description) of every setting, in the schema's order."""
+    sections = {name: info.annotation for name, info in Config.model_fields.items()}
+    sections |= {"models.NAME": ModelConfig, "methods.NAME": MethodConfig}
+    sections |= {"RECIPE": Recipe, "RECIPE.terms": Term}
+    for name, section in sections.items():
+        if isinstance(section, type) and issubclass(section, Section):
+            for key, field in section.model_fields.items():
+                yield f"{name}.{key}", field.get_default(), field.description or "A recipe."
+
+
 _NAMES = [name for name, *_ in fields()] + list(Config.model_fields)
 
 

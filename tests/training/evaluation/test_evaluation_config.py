@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.config import TASKS, Config, Term, fields
-from comfyui_gcfg.training.evaluation.config_file import load_config
+from comfyui_gcfg.training.evaluation.config import TASKS, Config, Term
+from comfyui_gcfg.training.evaluation.config_file import fields, load_config
 from comfyui_gcfg.training.evaluation.measures import labelled_prompts
 from comfyui_gcfg.training.evaluation.run import grid
 from comfyui_gcfg.training.evaluation.tasks import ALIGNMENT_TOLERANCE
