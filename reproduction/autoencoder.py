@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHANNELS = 32
-_SPREAD = 0.4  # of the latents that the UNet sees, see `_to_taesd`
+_SPREAD = 0.5  # of the latents that the UNet sees, see `_to_taesd`
 _SD1_FACTOR = 0.18215  # between an SD1.x VAE's latents and what the UNet sees
-_LATENT_NOISE = 0.1  # the decoder forgives that much of the UNet's error
+_LATENT_NOISE = 0.3  # the decoder forgives that much of the UNet's error
 
 
 def train_autoencoder(
@@ -54,7 +54,7 @@ def train_autoencoder(
         spread = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
         loss = functional.l1_loss(r, x) + functional.mse_loss(r, x) + 0.02 * spread
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         tick()
@@ -65,7 +65,7 @@ def train_autoencoder(
 def encode(vae: Mapping[str, Tensor], pictures: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Return the latents of uint8 pictures, (N, 4, H / 8, W / 8), as the UNet sees them."""
     network = _from_taesd(vae).to(device)
-    return _SPREAD * torch.cat([network.encoder(signed(some.to(device))).cpu() for some in pictures.split(256)])
+    return _SPREAD * torch.cat([network.encoder(signed(some.to(device))).cpu() for some in torch.split(pictures, 256)])
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -97,7 +97,7 @@ _DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 15
 
 
 def _to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
-    """Return the weights in TAESD's keys, with the scale that gives the UNet's latents a spread of 0.4.
+    """Return the weights in TAESD's keys, with the scale that gives the UNet's latents a spread of 0.5.
 
     A plain background is the same number at each of the 64 places. At a spread of 1 Stable Diffusion's noise hardly
     hides it at the last timestep, so that the starting noise, not the prompt, would choose the background's colour.

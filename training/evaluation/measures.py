@@ -52,6 +52,14 @@ class Measures:
         return fid.RealImages(images.batches(_BATCH), self.extractor, settings.resize, self._device)
 
     @cached_property
+    def held_out(self) -> dict[str, float]:
+        """FID and number of real images that no model learned from, at most as many as a method makes."""
+        settings = self._config.fid
+        images = RealImages(self._config.path(settings.held_out), "fid.held_out", self._config.sampling.size)
+        images.paths = images.paths[: settings.count]
+        return {"held_out_fid": self.real.fid(images.batches(_BATCH)), "held_out_count": len(images.paths)}
+
+    @cached_property
     def classifier(self) -> Classifier:
         """What tells whether an attribute is there."""
         settings = self._config.alignment

@@ -26,7 +26,13 @@ from .metrics import canny
 from .metrics.diversity import diversity, vendi
 
 ALIGNMENT_TOLERANCE = 0.02
-_PATHS = {"images", "extractor_weights", "classifier_weights", "clip"}  # what is in them counts, not where they are
+_PATHS = {
+    "images",
+    "held_out",
+    "extractor_weights",
+    "classifier_weights",
+    "clip",
+}  # what is in them counts, not where they are
 
 Numbers = Mapping[str, float]
 
@@ -104,10 +110,18 @@ class Fid(Task):
     def prepare(self, measures: Measures) -> None:
         """Take the real images' statistics."""
         _ = measures.real
+        if self._config.fid.held_out:
+            _ = measures.held_out
+
+    @property
+    def real_settings(self) -> tuple[str, ...]:
+        """The images that were held out too."""
+        return ("fid.images", "fid.held_out")
 
     def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """FID against the real images."""
-        return {"fid": measures.fid(self.images(folder, 0, search))}, []
+        """FID against the real images, and that of real ones that no model learned from."""
+        numbers = {"fid": measures.fid(self.images(folder, 0, search))}
+        return numbers | (measures.held_out if self._config.fid.held_out and not search else {}), []
 
     def choose(self, trials: Sequence[Numbers]) -> int:
         """Lowest FID."""

@@ -128,6 +128,22 @@ def test_every_number_is_that_of_the_images(all_of_it, digits):
     assert found["diversity-ours"]["numbers"]["diversity"] == pytest.approx(np.mean(distances), rel=1e-5)
 
 
+def test_real_images_that_were_held_out_are_measured_beside(evaluation_file, tmp_path, digits):
+    """As many as a method makes, in the order of their names; they count among what decides a result."""
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for path in find_images(digits)[:8]:
+        Image.eval(Image.open(path).convert("RGB"), lambda value: value // 2).save(held_out / path.name)
+    own = {"count": 6, "held_out": str(held_out)}
+    told = gcfg("fid", evaluation_file(methods={"prior": PRIOR}, fid=own))
+    assert told.exit_code == 0, (told.output, told.exception)
+    numbers = result(tmp_path, "fid-prior")["numbers"]
+    chosen = np.stack([np.asarray(Image.open(path)) for path in find_images(held_out)[:6]])
+    assert numbers["held_out_count"] == 6
+    assert numbers["held_out_fid"] == pytest.approx(fid(chosen, digits), rel=1e-3)
+    assert result(tmp_path, "fid-prior")["files"]["fid.held_out"]["path"] == str(held_out)
+
+
 def test_a_result_says_all_that_decided_it(all_of_it):
     found = result(all_of_it, "alignment-ours")
     stated = {"format": 1, "task": "alignment", "method": "ours", "title": "Ours", "group": "methods"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,16 +81,23 @@ def _lowest_controllable(results: Results, task: str, images: str) -> Claim:
 
 
 def drift_pairs(results: Results) -> list[tuple[Result, Result]]:
-    """Return results with the same terms, one around the prior, the other around a model of its own."""
-    return [
-        (fixed, drifted)
-        for task in ("fid", "alignment")
-        for drifted in results.of_task(task)
-        for fixed in results.of_task(task)
-        if "drift" in (drifted.group, fixed.group)
-        and _base(fixed) == PRIOR != _base(drifted)
-        and _terms(fixed) == _terms(drifted)
-    ]
+    """Return results with the same terms, one around the prior, the other around a model of its own.
+
+    The ablation's own results come first: their weights are equal, those of the tables were searched for each method.
+    """
+    pairs = []
+    for task in ("fid", "alignment"):
+        known = sorted(
+            (each for each in results.of_task(task) if each.group in ("drift", METHODS)),
+            key=lambda each: each.group == METHODS,
+        )
+        fixed = [each for each in known if _base(each) == PRIOR]
+        for terms in dict.fromkeys(_terms(each) for each in known if _base(each) != PRIOR):
+            drifted = next(each for each in known if _base(each) != PRIOR and _terms(each) == terms)
+            frozen = next((each for each in fixed if _terms(each) == terms), None)
+            if frozen and "drift" in (drifted.group, frozen.group):
+                pairs.append((frozen, drifted))
+    return pairs
 
 
 def _compared_bases(fixed: Result, drifted: Result) -> Claim:
@@ -246,8 +252,8 @@ def _base(result: Result) -> str:
     return str(result.recipe["base"])
 
 
-def _terms(result: Result) -> Counter[tuple[str, str, bool]]:
-    return Counter((term["model"], term["prompt"], term["control"]) for term in result.recipe["terms"])
+def _terms(result: Result) -> tuple[tuple[str, str, bool], ...]:
+    return tuple(sorted((term["model"], term["prompt"], term["control"]) for term in result.recipe["terms"]))
 
 
 def _text_terms(result: Result) -> int:

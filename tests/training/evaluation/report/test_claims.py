@@ -53,6 +53,12 @@ def test_drift_compares_equal_terms_around_two_models(stored, find, verdicts):
         (False, "DreamBooth around the prior 25.00; DreamBooth 20.00"),
         (True, "Ours 14.00; Ours around the concept model 30.00"),
     ]
+    # A result of the ablation itself, at equal weights, stands in for the tables' one.
+    stored.append({**find("alignment", "ours"), "method": "fixed", "title": "Equal", "group": "drift"})
+    stored[-1]["config"] = {"methods": {**stored[-1]["config"]["methods"], "fixed": {}}}
+    again = [claim.here for claim in claims(Results(stored)) if claim.statement.startswith(start)]
+    assert again == [pairs[0].here, "Equal 14.00; Ours around the concept model 30.00"]
+    stored.pop()
     find("alignment", "drifted")["numbers"]["fid"] = 13.0
     assert verdicts(start, 1)[0] is False
     for each in (find("alignment", "drifted"), find("fid", "rectified")):
