@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from . import files
+from . import files, pictures, small_world
 from .client import Client, Progress, Prompt
+from .digits import WORKFLOW as DIGITS
+from .digits import digit_sheet
 from .errors import DemoError
 from .server import PACK, Server, find_comfyui
 from .sheet import Entry, contact_sheet
 from .workflow import problems, to_prompt
 
 WORKFLOWS = PACK / "workflows"
-SMALL_SIZE, SMALL_STEPS = 128, 6  # the small models' defaults; with MODEL= the workflow's own
+SMALL_STEPS = 20  # with the small models; with MODEL= the workflow's own
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ def prepare(
         if wrong:
             raise DemoError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
         prompt = files.shrunk(to_prompt(workflow, client.object_info), size, steps)
+        if own is None:
+            prompt = files.translated(prompt)
         missing = files.files_of(prompt) - set(own) if own is not None else set()
         if missing:
             print(f"skipped {path.stem}: it also needs {', '.join(sorted(missing))}")
@@ -84,6 +89,20 @@ def execute(client: Client, job: Job, output: Path) -> Entry:
     return Entry(job.name, tuple(images), run.seconds)
 
 
+def draw_digits(client: Client, job: Job, output: Path) -> None:
+    """Run one workflow for ten prompts in three ways, and save the sheet as `output/digits.png`."""
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=30, desc="digits", unit="image", leave=False) as bar:
+
+        def run(prompt: Prompt) -> Path:
+            path = Path(folder) / f"{bar.n}.png"
+            path.write_bytes(client.image(client.run(prompt).images[0]))
+            bar.update()
+            return path
+
+        digit_sheet(job.prompt, run).save(output / "digits.png")
+    print(f"digits: {output / 'digits.png'}")
+
+
 def uses_cpu(device: str) -> bool:
     """Whether to start ComfyUI with --cpu. Raises: DemoError: if `device` is neither auto, cpu nor gpu."""
     import torch  # seconds: not before --help is answered
@@ -107,8 +126,8 @@ def demo(
         ".cache/demo"
     ),
     port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 128 for the small models.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 6 for the small models.")] = None,
+    size: Annotated[int | None, typer.Option(help="Largest width and height; 64 for the small models.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most sampling steps; 20 for the small models.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     model: Annotated[
         Path | None, typer.Option(envvar="MODEL", help="Your SD1.5 checkpoint, used instead of the small models.")
@@ -119,8 +138,8 @@ def demo(
 ) -> None:
     """Start a real ComfyUI and run the shared workflows; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
 
-    Without --model the models are small, untrained ones in the real file layouts: the images show that everything
-    runs, not what it is good for.
+    Without --model the models are those of a small world, which reproduction/ trains: its prior prints digits in many
+    colours, its concept is real handwriting. The small SDXL is untrained.
     """
     started = time.monotonic()
     if concept and not model:
@@ -130,20 +149,27 @@ def demo(
     if model:
         own: dict[str, str] | None = files.use_own(work / "models", model, concept)
     else:
-        own, size, steps = None, size or SMALL_SIZE, steps or SMALL_STEPS
+        own, size, steps = None, size or small_world.SIZE, steps or SMALL_STEPS
         files.make_small_models(work / "models", print)
-    files.make_inputs(work / "input", size or 512)
+    if model:
+        pictures.write_inputs(work / "input", size or 512)
+    else:
+        small_world.write_inputs(work / "input")
     output.mkdir(parents=True, exist_ok=True)
     comfyui = find_comfyui()
     server = Server(work, port, comfyui, uses_cpu(device))
     print(f"Starting ComfyUI ({comfyui or 'pip-packaged'}) on port {server.port} ...")
     with server:
         print(f"ready after {server.start_seconds:.1f} s")
-        entries = [execute(server.client, job, output) for job in prepare(server.client, paths, own, size, steps)]
+        jobs = prepare(server.client, paths, own, size, steps)
+        entries = [execute(server.client, job, output) for job in jobs]
+        for job in jobs if own is None else ():
+            if job.name == DIGITS:
+                draw_digits(server.client, job, output)
     if not entries:
         raise DemoError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
     sheet = output / "contact-sheet.png"
-    models = model.name if model else "small untrained models: this shows that everything runs, not how it looks"
+    models = model.name if model else "the models of a small world of digits; SDXL is untrained"
     contact_sheet(entries, f"GCFG for ComfyUI with {models}").save(sheet)
     count = sum(len(entry.images) for entry in entries)
     print(f"\n{len(entries)} workflows, {count} images in {time.monotonic() - started:.0f} s:")

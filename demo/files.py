@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..gcfg.concept_file import fold
-from . import layouts, models, pictures, sparse, text
+from . import layouts, models, small_world, sparse, widen
 from .client import Prompt
 from .errors import DemoError
 
@@ -21,20 +20,24 @@ PRIOR = "v1-5-pruned-emaonly-fp16.safetensors"
 CUSTOM = "Counterfeit-V3.0_fp16.safetensors"
 CONCEPT = "ffhq-concept.safetensors"
 CANNY = "control_v11p_sd15_canny_fp16.safetensors"
+DREAMBOOTH = "ffhq-dreambooth.safetensors"
+LORA = "ffhq-lora.safetensors"
+WORD = "ffhq-face.safetensors"  # a textual inversion; prompts call it embedding:ffhq-face
 XL = "sd_xl_base_1.0.safetensors"
 XL_LORA = "pixel-art-xl.safetensors"
 HALF = torch.float16
-NAMES = (PRIOR, CUSTOM, CONCEPT, CANNY, XL, XL_LORA)
+NAMES = (PRIOR, CUSTOM, CONCEPT, DREAMBOOTH, LORA, WORD, CANNY, XL, XL_LORA)
 
 
 def recipe() -> str:
-    """Return a fingerprint of the code that makes the small models: it changes, they are made anew."""
-    sources = (Path(module.__file__ or "").read_bytes() for module in (layouts, models, sparse, text))
-    return hashlib.sha256(b"".join(sources) + Path(__file__).read_bytes()).hexdigest()
+    """Return a fingerprint of what makes the small models: it changes, they are made anew."""
+    sources = [Path(module.__file__ or "") for module in (layouts, models, small_world, sparse, widen)]
+    trained = sorted(small_world.TRAINED.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, Path(__file__), *trained))).hexdigest()
 
 
 def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-    """Write the small models (0.9 GB on disk, about 15 s) into a ComfyUI `models/` folder, unless they are there.
+    """Write the small models (1.0 GB on disk, about 15 s) into a ComfyUI `models/` folder, unless they are there.
 
     Each file is written under another name first, and the list of finished ones last, so an interrupted run is not
     taken for a good one.
@@ -49,10 +52,13 @@ def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None)
     stamp.unlink(missing_ok=True)
     parts = _Parts()
     writers: dict[str, Callable[[Path], None]] = {
-        PRIOR: lambda path: models.save_checkpoint(path, parts.prior, parts.vae, parts.clip),
-        CUSTOM: lambda path: models.save_checkpoint(path, models.fine_tuned(parts.prior, 3, 0.5), parts.vae),
-        CONCEPT: lambda path: save_file(parts.concept, path),
-        CANNY: lambda path: save_file(models.controlnet_state_dict(seed=4, dtype=HALF), path),
+        PRIOR: lambda path: models.save_checkpoint(path, small_world.prior(), parts.vae, parts.clip),
+        CUSTOM: lambda path: models.save_checkpoint(path, small_world.custom(), parts.vae),
+        CONCEPT: lambda path: save_file(small_world.concept(), path),
+        DREAMBOOTH: lambda path: save_file(small_world.custom(), path),
+        LORA: lambda path: save_file(small_world.lora(), path),
+        WORD: lambda path: save_file(small_world.embedding(), path),
+        CANNY: lambda path: save_file(small_world.controlnet(), path),
         XL: lambda path: models.save_checkpoint(path, parts.xl, parts.vae, parts.clip, clip_g=True),
         XL_LORA: lambda path: save_file(models.to_dtype(models.lora_state_dict(parts.xl, seed=5), HALF), path),
     }
@@ -67,26 +73,17 @@ class _Parts:
     """The parts that several files share, each made when first needed."""
 
     @cached_property
-    def prior(self) -> models.StateDict:
-        return models.unet_state_dict("sd15", seed=15, dtype=HALF)
-
-    @cached_property
     def xl(self) -> models.StateDict:
+        """An untrained SDXL: no world is trained for it."""
         return models.unet_state_dict("sdxl", seed=10, dtype=HALF)
 
     @cached_property
     def vae(self) -> models.StateDict:
-        return models.vae_state_dict(HALF)
+        return models.to_dtype(small_world.vae(), HALF)
 
     @cached_property
     def clip(self) -> models.StateDict:
-        return models.clip_l_state_dict(seed=1, dtype=HALF)
-
-    @cached_property
-    def concept(self) -> models.StateDict:
-        """A fine-tune of the prior in null-text mode, in the folded form."""
-        features = models.null_text_features(self.prior, text.empty_prompt(self.clip))
-        return fold(models.fine_tuned(self.prior, seed=2, strength=0.5), features)
+        return small_world.clip()
 
 
 def _places() -> list[tuple[str, str]]:
@@ -95,14 +92,12 @@ def _places() -> list[tuple[str, str]]:
         ("checkpoints", CUSTOM),
         ("checkpoints", XL),
         ("unet", CONCEPT),
+        ("unet", DREAMBOOTH),
+        ("loras", LORA),
+        ("embeddings", WORD),
         ("controlnet", CANNY),
         ("loras", XL_LORA),
     ]
-
-
-def make_inputs(folder: Path, size: int) -> None:
-    """Draw the input pictures of the workflows into a ComfyUI `input/` folder."""
-    pictures.write_inputs(folder, size)
 
 
 def use_own(folder: Path, model: Path, concept: Path | None) -> dict[str, str]:
@@ -140,13 +135,26 @@ def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 
 def files_of(prompt: Prompt) -> set[str]:
     """Return the model files of the demo that a prompt names."""
-    return {v for entry in prompt.values() for v in entry["inputs"].values() if isinstance(v, str)} & set(NAMES)
+    named = {v for entry in prompt.values() for v in entry["inputs"].values() if isinstance(v, str)}
+    words = {name for name in NAMES if any(f"embedding:{Path(name).stem}" in text for text in named)}
+    return named & set(NAMES) | words
+
+
+def translated(prompt: Prompt) -> Prompt:
+    """Return the prompt with its texts in the words of the small world."""
+    words = small_world.PROMPTS
+    return {
+        node: {**entry, "inputs": {k: words.get(v, v) if k == "text" else v for k, v in entry["inputs"].items()}}
+        if isinstance(entry["inputs"].get("text"), str)
+        else entry
+        for node, entry in prompt.items()
+    }
 
 
 def shrunk(prompt: Prompt, size: int | None, steps: int | None) -> Prompt:
     """Return the prompt with no latent wider or higher than `size`, and no sampling longer than `steps`.
 
-    This is the only thing the demo and the tests change in a shared workflow.
+    This, and the prompts where the models are the small world's, is all that the demo changes in a shared workflow.
     """
     limits = {"width": size, "height": size} if size else {}
     out: Prompt = {}

@@ -31,7 +31,7 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONIOENCODING": "utf-8",
 }
-MODEL_FOLDERS = ("checkpoints", "controlnet", "loras", "unet", "vae", "clip")
+MODEL_FOLDERS = ("checkpoints", "controlnet", "embeddings", "loras", "unet", "vae", "clip")
 
 
 def find_comfyui() -> Path | None:

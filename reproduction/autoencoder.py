@@ -41,7 +41,7 @@ def train_autoencoder(
         device: to train on.
     """
     torch.manual_seed(0)
-    vae = _network().to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    vae = _network().to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -111,7 +111,8 @@ def _to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
         for side, index, rest, tensor in _walk(full)
     }
     for side, index, rest, tensor in _walk(vae):
-        out[_key(side, (_ENCODER if side == "encoder" else _DECODER)[index], rest)] = tensor.detach().clone()
+        place = (_ENCODER if side == "encoder" else _DECODER)[index]
+        out[_key(side, place, rest)] = tensor.detach().clone(memory_format=torch.contiguous_format)
     return out | {"vae_scale": torch.tensor(_SD1_FACTOR / _SPREAD), "vae_shift": torch.tensor(0.0)}
 
 

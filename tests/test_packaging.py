@@ -21,7 +21,10 @@ else:  # pytest brings it
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
 ROOMS = ("gcfg", "nodes", "training", "demo")
-DATA = ("web", "workflows", "training/presets", "training/evaluation/presets", "training/evaluation/abtest_page")
+DATA = (
+    *("web", "workflows", "demo/trained", "training/presets"),
+    *("training/evaluation/presets", "training/evaluation/abtest_page"),
+)
 # Nothing below these is a source: copying a virtual environment would take minutes.
 SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output")
 

@@ -6,7 +6,7 @@ import shutil
 
 import numpy
 import pytest
-from comfyui_gcfg.demo import files, models
+from comfyui_gcfg.demo import files, models, pictures
 from comfyui_gcfg.demo.server import Server
 from comfyui_gcfg.demo.workflow import to_prompt
 from PIL import Image
@@ -29,11 +29,11 @@ def work_folder(model_folder, tmp_path_factory):
 
     def make(name):
         work = tmp_path_factory.mktemp(name)
-        for kind in ("checkpoints", "unet", "controlnet", "loras"):
+        for kind in ("checkpoints", "unet", "controlnet", "loras", "embeddings"):
             (work / "models" / kind).mkdir(parents=True)
             for path in (model_folder / kind).glob("*.safetensors"):
                 (work / "models" / kind / path.name).symlink_to(path)
-        files.make_inputs(work / "input", 64)
+        pictures.write_inputs(work / "input", 64)
         return work
 
     return make

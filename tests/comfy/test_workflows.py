@@ -17,6 +17,7 @@ EXPECTED = {
     "drift-rectification",
     "inpaint-masked-concept",
     "negative-prompts-free-weights",
+    "personalization-methods",
     "sdxl",
     "several-conditions",
     "spatial-guided-controlnet",
@@ -122,9 +123,43 @@ def test_every_term_changes_the_image(client, api_prompt, pixels, name):
     whole = pixels(client.run(prompt)).astype(int)
     for node, entry in prompt.items():
         if entry["class_type"] == "GCFGGuidanceTerm":
-            changed = {**prompt, node: {**entry, "inputs": {**entry["inputs"], "weight": 0.0}}}
-            without = pixels(client.run(changed))
+            without = pixels(client.run(with_inputs(prompt, node, weight=0.0)))
             assert numpy.abs(whole - without).mean() > 0.5, entry["inputs"]["label"]
+
+
+def with_inputs(prompt, node, **inputs):
+    return {**prompt, node: {**prompt[node], "inputs": {**prompt[node]["inputs"], **inputs}}}
+
+
+def test_every_method_guides_with_its_own_file(client, server, api_prompt, node_of, pixels):
+    """What a method's file holds decides that method's image and no other's; ComfyUI found a use for all of it."""
+    before = len(server.log_file.read_text(encoding="utf-8", errors="replace"))
+    prompt = files.translated(api_prompt("personalization-methods", steps=4))
+    prior, lora = node_of(prompt, "CheckpointLoaderSimple"), node_of(prompt, "LoraLoaderModelOnly")
+    term = {entry["inputs"]["label"]: node for node, entry in prompt.items() if "label" in entry["inputs"]}
+    (word,) = [node for node, entry in prompt.items() if "embedding:" in str(entry["inputs"].get("text"))]
+    without = {
+        "dreambooth": with_inputs(prompt, term["dreambooth"], model=[prior, 0]),
+        "lora": with_inputs(prompt, lora, strength_model=0.25),
+        "textual-inversion": with_inputs(prompt, word, text="a photo of a"),
+        "concept": with_inputs(prompt, term["concept"], model=[prior, 0]),
+    }
+    whole = pictures_of_methods(client, prompt, pixels)
+    assert without.keys() == term.keys() == whole.keys()
+    for method, changed in without.items():
+        found = pictures_of_methods(client, changed, pixels)
+        for other in whole:
+            difference = numpy.abs(whole[other] - found[other]).mean()
+            assert (difference > 1) if other == method else (difference == 0), (method, other, difference)
+    said = server.log_file.read_text(encoding="utf-8", errors="replace")[before:].lower()
+    assert "not loaded" not in said  # a key of the LoRA
+    assert "does not exist" not in said  # the embedding
+
+
+def pictures_of_methods(client, prompt, pixels):
+    run = client.run(prompt)
+    labels = [prompt[node]["inputs"]["filename_prefix"].partition("-methods-")[2] for node in run.outputs]
+    return {label: pixels(run, i).astype(int) for i, label in enumerate(labels)}
 
 
 def test_inpainting_keeps_what_the_mask_does_not_cover(client, api_prompt, pixels, node_of):
@@ -135,5 +170,5 @@ def test_inpainting_keeps_what_the_mask_does_not_cover(client, api_prompt, pixel
     before, after = pixels(client.run(plain)).astype(int), pixels(client.run(prompt)).astype(int)
     changed = numpy.abs(before - after).mean(-1)
     lower = changed.shape[0] * 2 // 3
-    assert changed[lower:].max() <= 1  # legs and lawn, far from the mask
+    assert changed[lower:].max() <= 4  # legs and lawn, far from the mask; the decoder looks a few latents around
     assert changed[: lower // 2].max() > 8  # the face
