@@ -19,7 +19,7 @@ from .digits import WORKFLOW as DIGITS
 from .digits import digit_sheet
 from .errors import DemoError
 from .server import PACK, Server, find_comfyui
-from .sheet import Entry, contact_sheet
+from .sheet import Entry, contact_sheet, side_by_side
 from .workflow import problems, to_prompt
 
 WORKFLOWS = PACK / "workflows"
@@ -85,6 +85,9 @@ def execute(client: Client, job: Job, output: Path) -> Entry:
         path = output / f"{stem}.png"
         path.write_bytes(client.image(reference))
         images.append((stem.removeprefix(job.name).lstrip("-"), path))
+    thumbnail = output / "thumbnails" / f"{job.name}.jpg"  # as workflows/ has them
+    thumbnail.parent.mkdir(exist_ok=True)
+    side_by_side([path for _, path in images]).save(thumbnail, quality=88)
     print(f"{job.name}: {run.seconds:.1f} s")
     return Entry(job.name, tuple(images), run.seconds)
 

@@ -162,9 +162,7 @@ class FidConfig(Section):
     """Fidelity: distance of unconditional images from the real ones."""
 
     images: str = Field("", description="Folder of the real images; they are fitted to sampling.size.")
-    held_out: str = Field(
-        "", description="Folder of real images that no model learned from: their FID is the best one can hope for."
-    )
+    held_out: str = Field("", description="Folder of real images that no model learned from, for the FID to aim at.")
     count: Positive = Field(50_000, description="Images of each method.")
     search_count: Positive = Field(5_000, description="Images for each weight that is searched.")
     extractor: str = Field("inception", description="'inception', or 'package.module:factory' of a feature network.")
