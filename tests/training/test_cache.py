@@ -469,7 +469,10 @@ def test_a_killed_decoding_process_is_one_sentence(tmp_path, images, vae, recipe
         built(images, tmp_path / "cache", vae, recipe, workers=1)
 
 
-def test_ctrl_c_leaves_whole_shards_only(tmp_path, images, vae, recipe):
+def test_ctrl_c_leaves_whole_shards_only(tmp_path, images, vae, recipe, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     class Interrupted(Counting):
         def encode(self, x):
             if len(self.calls) == 5:
