@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
-from ..nodes.runtime.lanes import predict
+from ..nodes.runtime.lanes import Lane, predict_all
 from ..nodes.runtime.null_text import patch_null_text
 from .bench import Bench, Step, parameter_bytes
 from .figures import Figure
@@ -26,11 +27,14 @@ def figures(bench: Bench) -> list[Figure]:
     times: Times = {}
 
     def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
+        def call(lane: Lane, options: dict[str, Any]) -> Callable[[], Any]:
+            return lambda: predict_all([lane], dict.fromkeys(lane.keys, x), sigma, options)
+
         plain, null, concept = guider.lanes
         calls = {
-            "plain": lambda: predict(plain, plain.keys, x, sigma, options),
-            "patch": lambda: predict(null, null.keys, x, sigma, null.options),
-            "concept": lambda: predict(concept, concept.keys, x, sigma, concept.options),
+            "plain": call(plain, options),
+            "patch": call(null, null.options),
+            "concept": call(concept, concept.options),
         }
         times.update(interleave(calls, bench.repeats, bench.clock, "null text"))
 

@@ -41,7 +41,7 @@ def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[
     _check_shapes(pivot, predictions, terms)
     denoised = pivot
     for prediction, term in deltas:
-        denoised = denoised + _delta(prediction, pivot, term) * term.weight
+        denoised = denoised + delta(prediction, pivot, term) * term.weight
     return denoised
 
 
@@ -72,8 +72,23 @@ def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[
     scale = weight if abs(weight) > WEIGHT_TOLERANCE else 1.0
     cond = base
     for prediction, term in zip(predictions, terms, strict=True):
-        cond = cond + _delta(prediction, base, term) * (term.weight / scale)
+        cond = cond + delta(prediction, base, term) * (term.weight / scale)
     return cond, scale
+
+
+def delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
+    """A term's unweighted delta, m_i (D_i - D_0), of the predictions' shape."""
+    difference = prediction - pivot
+    return difference if term.mask is None else difference * fit_mask(term.mask, difference)
+
+
+def pivot_index(terms: Sequence[ActiveTerm]) -> int:
+    """The term that deltas are measured from where there is no unconditional prediction.
+
+    It is the one of the smallest weight; of equal weights the later one, which is the negative prompt where users
+    write one.
+    """
+    return min(range(len(terms)), key=lambda i: (terms[i].weight, -i))
 
 
 def _pivot(
@@ -90,14 +105,8 @@ def _pivot(
             f"combine: base is None, expected a prediction because its coefficient is not 0 everywhere "
             f"(the unmasked weights sum to {total_weight(terms):g}); evaluate the unconditional model."
         )
-    # Of equal weights the later one, which is the negative prompt where users write one.
-    lowest = min(range(len(pairs)), key=lambda i: (terms[i].weight, -i))
+    lowest = pivot_index(terms)
     return predictions[lowest], pairs[:lowest] + pairs[lowest + 1 :]
-
-
-def _delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
-    delta = prediction - pivot
-    return delta if term.mask is None else delta * fit_mask(term.mask, delta)
 
 
 def _check_shapes(pivot: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> None:

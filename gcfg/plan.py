@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
+import torch
 from torch import Tensor
 
+from .curves import percent_at
 from .errors import GuidanceError
+from .masks import resize_mask
 from .terms import GuidanceTerm
 
 # Weights are typed by people: 7.3 + (1 - 7.3) is 1 to within a few ulps, never to within 1e-9 by accident.
@@ -41,21 +45,37 @@ class ScheduledTerm:
         label: its label, or "1", "2", ... by its place.
         sigma_start: the largest sigma at which it acts.
         sigma_end: the smallest.
+        percent_of: the percent of the sampling at a sigma.
     """
 
     term: GuidanceTerm
     label: str
     sigma_start: float
     sigma_end: float
+    percent_of: Callable[[float], float]
 
     @property
     def always(self) -> bool:
         """Whether the interval covers the whole schedule, so that no sigma needs to be looked at."""
         return self.term.start_percent == 0.0 and self.term.end_percent == 1.0
 
+    @property
+    def level(self) -> bool:
+        """Whether its weight is the same at every sigma."""
+        return self.always and self.term.curve.kind == "constant"
+
     def acts_at(self, sigma: float) -> bool:
         """Whether `sigma` is inside the interval; both ends count, as in ComfyUI's timestep ranges."""
         return self.always or self.sigma_end <= sigma <= self.sigma_start
+
+    def weight_at(self, sigma: float) -> float:
+        """The weight at `sigma`; 0 outside the interval."""
+        if not self.acts_at(sigma):
+            return 0.0
+        term = self.term
+        if term.curve.kind == "constant":
+            return term.weight
+        return term.curve.at(self.percent_of(sigma), term.weight, term.start_percent, term.end_percent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +103,8 @@ class GuidancePlan:
             terms: the user's terms.
             percent_to_sigma: ComfyUI's convention, 0 -> the largest sigma, 1 -> 0.
         """
+        # The same few sigmas come again and again: solvers evaluate a step twice, and terms share them.
+        percent_of = lru_cache(maxsize=None)(partial(percent_at, percent_to_sigma=percent_to_sigma))
         return cls(
             tuple(
                 ScheduledTerm(
@@ -90,22 +112,41 @@ class GuidancePlan:
                     term.label or str(place),
                     float(percent_to_sigma(term.start_percent)),
                     float(percent_to_sigma(term.end_percent)),
+                    percent_of,
                 )
                 for place, term in enumerate(terms, start=1)
             )
         )
 
+    def with_masks_at(self, size: tuple[int, int], device: torch.device) -> GuidancePlan:
+        """The plan with masks of the latent's size (h, w) and device, so that no step has to bring them there."""
+
+        def fitted(term: GuidanceTerm) -> GuidanceTerm:
+            return term if term.mask is None else replace(term, mask=resize_mask(term.mask.to(device), size))
+
+        return self._with_terms([fitted(scheduled.term) for scheduled in self.terms])
+
+    def with_weights(self, weights: Sequence[float]) -> GuidancePlan:
+        """The plan with other weights, one per term."""
+        return self._with_terms(
+            [replace(scheduled.term, weight=weight) for scheduled, weight in zip(self.terms, weights, strict=True)]
+        )
+
+    def _with_terms(self, terms: Sequence[GuidanceTerm]) -> GuidancePlan:
+        return replace(self, terms=tuple(map(lambda old, new: replace(old, term=new), self.terms, terms)))
+
     @property
     def needs_sigma(self) -> bool:
         """Whether any weight depends on the noise level (reading it costs a device synchronisation)."""
-        return not all(term.always for term in self.terms)
+        return not all(term.level for term in self.terms)
 
     def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""
+        weights = [scheduled.weight_at(sigma) for scheduled in self.terms]
         return tuple(
-            ActiveTerm(index, scheduled.term.weight, scheduled.term.mask, scheduled.label)
-            for index, scheduled in enumerate(self.terms)
-            if scheduled.term.weight != 0.0 and scheduled.acts_at(sigma)
+            ActiveTerm(index, weight, scheduled.term.mask, scheduled.label)
+            for index, (weight, scheduled) in enumerate(zip(weights, self.terms, strict=True))
+            if weight != 0.0
         )
 
     def used(self, sigmas: Sequence[float]) -> tuple[int, ...]:
@@ -117,7 +158,7 @@ class GuidancePlan:
         return tuple(
             index
             for index, scheduled in enumerate(self.terms)
-            if scheduled.term.weight != 0.0
+            if scheduled.term.pulls
             and (scheduled.always or (scheduled.sigma_end <= high and scheduled.sigma_start >= low))
         )
 
@@ -126,7 +167,7 @@ class GuidancePlan:
         return tuple(
             scheduled
             for scheduled in self.terms
-            if scheduled.term.weight != 0.0 and not any(scheduled.acts_at(sigma) for sigma in sigmas)
+            if scheduled.term.pulls and not any(scheduled.weight_at(sigma) for sigma in sigmas)
         )
 
 

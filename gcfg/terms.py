@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .curves import CONSTANT, WeightCurve
 from .errors import GuidanceError
 from .masks import check_mask
 
@@ -24,6 +25,7 @@ class GuidanceTerm:
         conditioning: its conditioning, or None for the unconditional one. Opaque to this library.
         mask: (N, H, W) in [0, 1], where the delta acts, or None for everywhere.
         label: the user's name for it.
+        curve: how the weight changes between start and end; constant by default.
 
     Raises:
         GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is
@@ -37,6 +39,7 @@ class GuidanceTerm:
     conditioning: Any = None
     mask: Tensor | None = None
     label: str = ""
+    curve: WeightCurve = CONSTANT
 
     def __post_init__(self) -> None:
         name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"
@@ -57,3 +60,14 @@ class GuidanceTerm:
             )
         if self.mask is not None:
             object.__setattr__(self, "mask", check_mask(self.mask, self.label))
+
+    @property
+    def pulls(self) -> bool:
+        """Whether its weight is anywhere other than 0."""
+        return self.curve.pulls(self.weight)
+
+    def weight_at(self, percent: float) -> float:
+        """The weight at `percent` of the sampling, 0 (pure noise) to 1 (clean); 0 outside its interval."""
+        if not self.start_percent <= percent <= self.end_percent:
+            return 0.0
+        return self.curve.at(percent, self.weight, self.start_percent, self.end_percent)

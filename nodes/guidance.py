@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..gcfg.curves import CURVES, make_curve
 from ..gcfg.terms import GuidanceTerm
 from .sockets import TERMS
+
+_WEIGHT: dict[str, Any] = {"min": -100.0, "max": 100.0, "step": 0.05, "round": 0.001}
 
 
 class GCFGGuidanceTerm:
@@ -33,11 +36,8 @@ class GCFGGuidanceTerm:
                 "weight": (
                     "FLOAT",
                     {
+                        **_WEIGHT,
                         "default": 7.5,
-                        "min": -100.0,
-                        "max": 100.0,
-                        "step": 0.05,
-                        "round": 0.001,
                         "tooltip": "How strongly this guidance pulls, as cfg does in a KSampler. 0 switches the term "
                         "off; below 0 it pushes away.",
                     },
@@ -72,6 +72,26 @@ class GCFGGuidanceTerm:
                     "STRING",
                     {"default": "", "tooltip": "A name for this guidance, shown in messages and charts."},
                 ),
+                "curve": (
+                    list(CURVES),
+                    {
+                        "default": CURVES[0],
+                        "tooltip": "How the weight changes between start and end. linear, cosine: from weight to "
+                        "end_weight. points: through the list below, which replaces weight.",
+                    },
+                ),
+                "end_weight": (
+                    "FLOAT",
+                    {**_WEIGHT, "default": 0.0, "tooltip": "The weight at end_percent of a linear or cosine curve."},
+                ),
+                "points": (
+                    "STRING",
+                    {
+                        "default": "0: 7.5, 1: 0",
+                        "tooltip": "For the curve points: percent: weight pairs with straight lines between them, such "
+                        "as 0: 7.5, 0.5: 3, 100%: 0.",
+                    },
+                ),
             },
         }
 
@@ -85,9 +105,15 @@ class GCFGGuidanceTerm:
         mask: Any = None,
         terms: tuple[GuidanceTerm, ...] = (),
         label: str = "",
+        curve: str = CURVES[0],
+        end_weight: float = 0.0,
+        points: str = "",
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Append one term to `terms`."""
-        term = GuidanceTerm(weight, start_percent, end_percent, model, conditioning, mask, label.strip())
+        label = label.strip()
+        name = f"Guidance Term '{label}'" if label else "Guidance Term"
+        shape = make_curve(curve, end_weight, points, name)
+        term = GuidanceTerm(weight, start_percent, end_percent, model, conditioning, mask, label, shape)
         return ((*terms, term),)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from .runtime.guider import GCFGGuider as Guider
 from .runtime.ksampler import SAMPLERS, SCHEDULERS, sample_latent
-from .sockets import gather_terms, optional_terms
+from .runtime.live import Watch, reads_output
+from .sockets import REPORT, gather_terms, optional_terms
 
 _MODEL = (
     "MODEL",
@@ -25,6 +26,8 @@ _STEPS = ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Number of s
 _SAMPLER = (SAMPLERS, {"tooltip": "The solver, as in the KSampler."})
 _SCHEDULER = (SCHEDULERS, {"tooltip": "How the noise is removed over the steps, as in the KSampler."})
 _LATENT = ("LATENT", {"tooltip": "The latent image to denoise."})
+_HIDDEN = {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"}
+_REPORT_TIP = "What each term did at every step, for a Guidance Report."
 
 
 class GCFGGuider:
@@ -35,18 +38,23 @@ class GCFGGuider:
         "Guider for SamplerCustomAdvanced: the unconditional prediction of this model plus the weighted deltas of all "
         "connected terms."
     )
-    RETURN_TYPES = ("GUIDER",)
-    OUTPUT_TOOLTIPS = ("Connect it to SamplerCustomAdvanced.",)
+    RETURN_TYPES = ("GUIDER", REPORT)
+    RETURN_NAMES = ("GUIDER", "report")
+    OUTPUT_TOOLTIPS = ("Connect it to SamplerCustomAdvanced.", _REPORT_TIP)
     FUNCTION = "make"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Inputs of the node, in ComfyUI's V1 form."""
-        return {"required": {"model": _MODEL, "unconditional": _UNCONDITIONAL}, "optional": optional_terms()}
+        required = {"model": _MODEL, "unconditional": _UNCONDITIONAL}
+        return {"required": required, "optional": optional_terms(), "hidden": _HIDDEN}
 
-    def make(self, model: Any, unconditional: Any, **sockets: Any) -> tuple[Any]:
+    def make(
+        self, model: Any, unconditional: Any, unique_id: str | None = None, prompt: Any = None, **sockets: Any
+    ) -> tuple[Any, Any]:
         """Build the guider."""
-        return (Guider(model, unconditional, gather_terms(sockets), "GCFG Guider"),)
+        watch = _watch(unique_id, prompt)
+        return (Guider(model, unconditional, gather_terms(sockets), "GCFG Guider", watch), watch.report)
 
 
 class GCFGKSampler:
@@ -57,8 +65,9 @@ class GCFGKSampler:
         "KSampler for any number of guidances: unconditional prediction + sum of weight * (term - unconditional). One "
         "term of the same model is a KSampler at cfg = weight; each further model costs one more evaluation per step."
     )
-    RETURN_TYPES = ("LATENT",)
-    OUTPUT_TOOLTIPS = ("The denoised latent.",)
+    RETURN_TYPES = ("LATENT", REPORT)
+    RETURN_NAMES = ("LATENT", "report")
+    OUTPUT_TOOLTIPS = ("The denoised latent.", _REPORT_TIP)
     FUNCTION = "sample"
 
     @classmethod
@@ -78,6 +87,7 @@ class GCFGKSampler:
                 "denoise": ("FLOAT", denoise),
             },
             "optional": optional_terms(),
+            "hidden": _HIDDEN,
         }
 
     def sample(
@@ -90,23 +100,23 @@ class GCFGKSampler:
         unconditional: Any,
         latent_image: dict[str, Any],
         denoise: float,
+        unique_id: str | None = None,
+        prompt: Any = None,
         **sockets: Any,
-    ) -> tuple[dict[str, Any]]:
+    ) -> Any:
         """Sample the latent."""
-        return (
-            sample_latent(
-                "GCFG KSampler",
-                model,
-                unconditional,
-                gather_terms(sockets),
-                latent_image,
-                seed=seed,
-                steps=steps,
-                sampler_name=sampler_name,
-                scheduler=scheduler,
-                denoise=denoise,
-            ),
+        watch = _watch(unique_id, prompt)
+        guider = Guider(model, unconditional, gather_terms(sockets), "GCFG KSampler", watch)
+        latent = sample_latent(
+            guider,
+            latent_image,
+            seed=seed,
+            steps=steps,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
         )
+        return _with_chart(latent, watch)
 
 
 class GCFGKSamplerAdvanced:
@@ -116,8 +126,12 @@ class GCFGKSamplerAdvanced:
     DESCRIPTION = (
         "GCFG KSampler that starts and stops at any step, with or without adding noise, so that passes can be chained."
     )
-    RETURN_TYPES = ("LATENT",)
-    OUTPUT_TOOLTIPS = ("The denoised latent, or a partly denoised one when it returns with leftover noise.",)
+    RETURN_TYPES = ("LATENT", REPORT)
+    RETURN_NAMES = ("LATENT", "report")
+    OUTPUT_TOOLTIPS = (
+        "The denoised latent, or a partly denoised one when it returns with leftover noise.",
+        _REPORT_TIP,
+    )
     FUNCTION = "sample"
 
     @classmethod
@@ -142,6 +156,7 @@ class GCFGKSamplerAdvanced:
                 ),
             },
             "optional": optional_terms(),
+            "hidden": _HIDDEN,
         }
 
     def sample(
@@ -157,26 +172,37 @@ class GCFGKSamplerAdvanced:
         start_at_step: int,
         end_at_step: int,
         return_with_leftover_noise: str,
+        unique_id: str | None = None,
+        prompt: Any = None,
         **sockets: Any,
-    ) -> tuple[dict[str, Any]]:
+    ) -> Any:
         """Sample the latent."""
-        return (
-            sample_latent(
-                "GCFG KSampler (Advanced)",
-                model,
-                unconditional,
-                gather_terms(sockets),
-                latent_image,
-                seed=noise_seed,
-                steps=steps,
-                sampler_name=sampler_name,
-                scheduler=scheduler,
-                add_noise=add_noise == "enable",
-                start_step=start_at_step,
-                last_step=end_at_step,
-                force_full_denoise=return_with_leftover_noise == "disable",
-            ),
+        watch = _watch(unique_id, prompt)
+        guider = Guider(model, unconditional, gather_terms(sockets), "GCFG KSampler (Advanced)", watch)
+        latent = sample_latent(
+            guider,
+            latent_image,
+            seed=noise_seed,
+            steps=steps,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            add_noise=add_noise == "enable",
+            start_step=start_at_step,
+            last_step=end_at_step,
+            force_full_denoise=return_with_leftover_noise == "disable",
         )
+        return _with_chart(latent, watch)
+
+
+def _watch(unique_id: str | None, prompt: Any) -> Watch:
+    """Readings are taken for the editor, and for what is connected to the second output."""
+    return Watch(unique_id, reads_output(prompt, unique_id, 1))
+
+
+def _with_chart(latent: dict[str, Any], watch: Watch) -> Any:
+    """The node's results; the editor keeps the chart with a cached run's results too."""
+    result = (latent, watch.report)
+    return {"ui": {"gcfg": [watch.report.as_dict()]}, "result": result} if watch.report.readings else result
 
 
 NODES = [

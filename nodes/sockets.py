@@ -7,6 +7,7 @@ from typing import Any
 from ..gcfg.terms import GuidanceTerm
 
 TERMS = "GCFG_TERMS"
+REPORT = "GCFG_REPORT"
 TERM_SOCKETS = tuple(f"term_{number}" for number in range(1, 9))
 
 

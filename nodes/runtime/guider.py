@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import comfy.sampler_helpers
@@ -12,12 +11,13 @@ import comfy.samplers
 from torch import Tensor, zeros_like
 
 from ...gcfg.combine import combine, effective_cond
+from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
-from ...gcfg.masks import resize_mask
-from ...gcfg.plan import ActiveTerm, GuidancePlan, ScheduledTerm, needs_base
+from ...gcfg.plan import ActiveTerm, GuidancePlan, needs_base
 from ...gcfg.terms import GuidanceTerm
 from . import checks, versions
-from .lanes import BASE, FIRST, Lane, build_lanes, covers, has_range, holds_image, load_lanes, predict
+from .lanes import BASE, FIRST, Lane, build_lanes, covers, has_range, holds_image, load_lanes, predict_all
+from .live import Watch
 
 _CFG_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
@@ -39,8 +39,16 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     lanes: list[Lane]
     step_plan: GuidancePlan
     ranged: set[str]
+    recorder: Recorder | None
 
-    def __init__(self, model_patcher: Any, unconditional: Any, terms: Sequence[GuidanceTerm], node: str) -> None:
+    def __init__(
+        self,
+        model_patcher: Any,
+        unconditional: Any,
+        terms: Sequence[GuidanceTerm],
+        node: str,
+        watch: Watch | None = None,
+    ) -> None:
         super().__init__(model_patcher)
         if not terms:
             raise GuidanceError(
@@ -49,8 +57,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             )
         sampling = model_patcher.get_model_object("model_sampling")
         self.node = node
+        self.watch = Watch() if watch is None else watch
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
-        self.cfg = sum(term.weight for term in terms)
+        self.cfg = sum(term.weight_at(term.start_percent) for term in terms)
         checks.check_run(node, model_patcher, unconditional, self.plan)
         conds = [unconditional if term.conditioning is None else term.conditioning for term in terms]
         self.keys = _keys(conds)
@@ -70,14 +79,19 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         used = self._used(sigmas)
         try:
             self._build_lanes(used)
+            self.recorder = self.watch.recorder(sigmas.tolist(), [term.label for term in self.plan.terms])
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
             raise
         finally:
-            for name in ("lanes", "conds", "ranged", "step_plan", "inner_model", "loaded_models"):
+            self.watch.end(self.__dict__.get("recorder"))
+            for name in ("lanes", "conds", "ranged", "step_plan", "recorder", "inner_model", "loaded_models"):
                 self.__dict__.pop(name, None)
+
+    def _call_shape(self, noise: Tensor) -> Sequence[int]:
+        return noise.shape  # of the largest batch of latents that one call evaluates
 
     def _used(self, sigmas: Tensor) -> list[int]:
         """The terms that can act in this run; says which never do."""
@@ -118,7 +132,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """Prepare every further model, then run stock sampling; put everything back whatever happens."""
         base, *others = self.lanes
         conds = self.conds
-        self.step_plan = self._with_fitted_masks(noise)
+        self.step_plan = self.plan.with_masks_at((noise.shape[-2], noise.shape[-1]), noise.device)
         shifted = self.inner_model.process_latent_in(latent_image) if holds_image(latent_image) else latent_image
         started: list[Lane] = []
         try:
@@ -127,8 +141,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             for lane in others:
                 started.append(lane)
                 lane.options = versions.prepare_options(lane.patcher, lane.conds, sigmas, device)
-            if others:
-                load_lanes(self.lanes, noise.shape, self.loaded_models)
+            shape = self._call_shape(noise)
+            if others or shape != noise.shape:
+                load_lanes(self.lanes, shape, self.loaded_models)
             for lane in others:
                 versions.start_run(lane.patcher)
                 processed = comfy.samplers.process_conds(
@@ -156,33 +171,46 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             seed: unused here, part of ComfyUI's signature.
         """
         options = model_options or {}
-        base_lane = self.lanes[0]
+        terms, wanted = self.wanted(self.step_plan, timestep, options)
+        predictions = predict_all(self.lanes, {key: x for key in wanted}, timestep, options)
+        return self.guided(predictions, terms, x, timestep, options)
+
+    def wanted(self, plan: GuidancePlan, timestep: Tensor, options: dict) -> tuple[tuple[ActiveTerm, ...], list[str]]:
+        """The terms that act at this noise level, and the keys of the predictions that they need."""
         if "ranged" not in vars(self):  # the first evaluation: stock code has just processed the base's conditionings
-            self.conds = base_lane.conds = {**self._all_conds(), **self.conds}
+            self.conds = self.lanes[0].conds = {**self._all_conds(), **self.conds}
             self.ranged = {key for key, conds in self.conds.items() if has_range(conds)}
-        terms = self._active(timestep)
-        hooked = any(name in options for name in _CFG_HOOKS)
+        terms = self._active(plan, timestep)
         with_base = (
             not terms
             or needs_base(terms)
             or options.get("disable_cfg1_optimization", False)
-            or (hooked and len(terms) > 1)
+            or (_hooked(options) and len(terms) > 1)
         )
         if with_base:
             self._check_base_covers(timestep)
-        wanted = {self.keys[term.index] for term in terms} | ({BASE} if with_base else set())
-        predictions: dict[str, Tensor] = {}
-        for lane in reversed(self.lanes):  # the base last: hooks that evaluate the model again find it active
-            step_options = options if lane is base_lane else lane.options
-            keys = [key for key in lane.keys if key in wanted]
-            predictions.update(predict(lane, keys, x, timestep, step_options))
+        return terms, [self.keys[term.index] for term in terms] + ([BASE] if with_base else [])
+
+    def guided(
+        self,
+        predictions: dict[str, Tensor],
+        terms: Sequence[ActiveTerm],
+        x: Tensor,
+        sigma: Tensor,
+        options: dict,
+    ) -> Tensor:
+        """The guidance sum of one evaluation, through the model's guidance hooks if it has any."""
         base = predictions.get(BASE)
         outputs = [predictions[self.keys[term.index]] for term in terms]
-        if not hooked:
-            return combine(base, outputs, terms) if terms else predictions[BASE]
-        return self._hooked(base, outputs, terms, x, timestep, options)
+        if _hooked(options):
+            denoised = self._through_hooks(base, outputs, terms, x, sigma, options)
+        else:
+            denoised = combine(base, outputs, terms) if terms else predictions[BASE]
+        if self.recorder is not None:
+            self.recorder.record(x, sigma, base, outputs, terms, denoised)
+        return denoised
 
-    def _hooked(
+    def _through_hooks(
         self,
         base: Tensor | None,
         outputs: list[Tensor],
@@ -222,16 +250,16 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             return self.conds[BASE]
         return self.conds[self.keys[max(on_base, key=lambda term: abs(term.weight)).index]]
 
-    def _active(self, timestep: Tensor) -> tuple[ActiveTerm, ...]:
+    def _active(self, plan: GuidancePlan, timestep: Tensor) -> tuple[ActiveTerm, ...]:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out."""
-        if not self.ranged and not self.step_plan.needs_sigma:
-            return self.step_plan.active(0.0)  # no host synchronisation where no weight depends on sigma
+        if not self.ranged and not plan.needs_sigma:
+            return plan.active(0.0)  # no host synchronisation where no weight depends on sigma
         sigma = float(timestep[0])
 
         def takes_part(key: str) -> bool:
             return key in self.conds and (key not in self.ranged or covers(self.conds[key], sigma))
 
-        return tuple(term for term in self.step_plan.active(sigma) if takes_part(self.keys[term.index]))
+        return tuple(term for term in plan.active(sigma) if takes_part(self.keys[term.index]))
 
     def _check_base_covers(self, timestep: Tensor) -> None:
         if BASE in self.ranged and not covers(self.conds[BASE], float(timestep[0])):
@@ -243,17 +271,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     def _all_conds(self) -> dict[str, list[dict]]:
         return {key: conds for lane in self.lanes for key, conds in lane.conds.items()}
 
-    def _with_fitted_masks(self, noise: Tensor) -> GuidancePlan:
-        """The plan with masks of the latent's size and device, so that no step has to bring them there."""
-        size = (noise.shape[-2], noise.shape[-1])
 
-        def fitted(scheduled: ScheduledTerm) -> ScheduledTerm:
-            if scheduled.term.mask is None:
-                return scheduled
-            mask = resize_mask(scheduled.term.mask.to(noise.device), size)
-            return replace(scheduled, term=replace(scheduled.term, mask=mask))
-
-        return replace(self.plan, terms=tuple(map(fitted, self.plan.terms)))
+def _hooked(options: dict) -> bool:
+    return any(name in options for name in _CFG_HOOKS)
 
 
 def _keys(conds: Sequence[Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.sample
@@ -11,7 +10,6 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...gcfg.terms import GuidanceTerm
 from . import versions
 from .guider import GCFGGuider
 
@@ -20,10 +18,7 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 
 def sample_latent(
-    node: str,
-    model: Any,
-    unconditional: Any,
-    terms: Sequence[GuidanceTerm],
+    guider: GCFGGuider,
     latent: dict[str, Any],
     *,
     seed: int,
@@ -39,10 +34,7 @@ def sample_latent(
     """Sample a latent with GCFG as the stock KSampler (Advanced) does with CFG.
 
     Args:
-        node: the node's name, for errors.
-        model: the unconditional model.
-        unconditional: its conditioning.
-        terms: the guidance terms.
+        guider: the guidance.
         latent: ComfyUI's latent dictionary.
         seed: of the noise.
         steps: number of steps of the whole schedule.
@@ -58,9 +50,9 @@ def sample_latent(
         A copy of `latent` with new samples.
 
     Raises:
-        GuidanceError: see `GCFGGuider`.
+        GuidanceError: see `GCFGGuider.sample`.
     """
-    guider = GCFGGuider(model, unconditional, terms, node)
+    model = guider.model_patcher
     image = versions.fix_empty_latent(model, latent)
     noise = (
         comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
@@ -68,7 +60,7 @@ def sample_latent(
         else torch.zeros(image.size(), dtype=image.dtype, layout=image.layout, device="cpu")
     )
     stock = comfy.samplers.KSampler(
-        guider.model_patcher,
+        model,
         steps=steps,
         device=model.load_device,
         sampler=sampler_name,

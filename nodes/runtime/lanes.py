@@ -92,22 +92,32 @@ def load_lanes(lanes: Sequence[Lane], noise_shape: Sequence[int], further: Seque
     versions.load_models([*owners, *patch_models, *further], *(max(column) for column in zip(*estimates, strict=True)))
 
 
-def predict(lane: Lane, keys: Sequence[str], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Denoised predictions of some of a lane's conditionings, in as few calls as its options allow.
+def predict_all(lanes: Sequence[Lane], wanted: dict[str, Tensor], sigma: Tensor, options: dict) -> dict[str, Tensor]:
+    """Denoised predictions at one noise level, each conditioning's at its own latents.
 
     Args:
-        lane: the lane.
-        keys: which of its conditionings; `BASE` may be among them.
-        x: noisy latent, (B, C, *spatial).
-        sigma: (B,).
-        options: the lane's model options at this step.
+        lanes: all lanes, the unconditional model's first.
+        wanted: noisy latents (B, C, *spatial) by key; keys of one tensor are evaluated together.
+        sigma: (1,) or more, all equal.
+        options: the sampled model's options at this step.
 
     Returns:
-        One (B, C, *spatial) prediction per key.
+        A prediction per key, of its latents' shape.
     """
-    versions.activate(lane.patcher)
-    if not keys:
-        return {}
+    predictions: dict[str, Tensor] = {}
+    for lane in reversed(lanes):  # the base last: hooks that evaluate the model again find it active
+        versions.activate(lane.patcher)
+        keys = [key for key in lane.keys if key in wanted]
+        for x in {id(wanted[key]): wanted[key] for key in keys}.values():
+            together = [key for key in keys if wanted[key] is x]
+            sigmas = sigma if len(sigma) == len(x) else sigma[:1].expand(len(x))
+            lane_options = options if lane is lanes[0] else lane.options
+            predictions.update(_predict(lane, together, x, sigmas, lane_options))
+    return predictions
+
+
+def _predict(lane: Lane, keys: Sequence[str], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Denoised predictions of some of a lane's conditionings, in as few calls as its options allow."""
     terms = [key for key in keys if key != BASE]
     base = lane.conds[BASE] if BASE in keys else None
     calls = [terms] if _batchable(lane, terms, options) else [[term] for term in terms]

@@ -9,15 +9,16 @@ SURFACE = {
     "GCFGGuidanceTerm": (
         "Guidance Term",
         ["weight", "start_percent", "end_percent"],
-        ["model", "conditioning", "mask", "terms", "label"],
+        ["model", "conditioning", "mask", "terms", "label", "curve", "end_weight", "points"],
         ("GCFG_TERMS",),
     ),
-    "GCFGGuider": ("GCFG Guider", ["model", "unconditional"], TERMS, ("GUIDER",)),
+    "GCFGDecoupledPrompt": ("Decoupled Prompt", ["clip", "text"], ["model", "terms"], ("GCFG_TERMS",)),
+    "GCFGGuider": ("GCFG Guider", ["model", "unconditional"], TERMS, ("GUIDER", "GCFG_REPORT")),
     "GCFGKSampler": (
         "GCFG KSampler",
         ["model", "seed", "steps", "sampler_name", "scheduler", "unconditional", "latent_image", "denoise"],
         TERMS,
-        ("LATENT",),
+        ("LATENT", "GCFG_REPORT"),
     ),
     "GCFGKSamplerAdvanced": (
         "GCFG KSampler (Advanced)",
@@ -26,16 +27,27 @@ SURFACE = {
             *("latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise"),
         ],
         TERMS,
-        ("LATENT",),
+        ("LATENT", "GCFG_REPORT"),
     ),
+    "GCFGWeightSweep": (
+        "Weight Sweep",
+        [
+            *("model", "seed", "steps", "sampler_name", "scheduler", "unconditional", "latent_image", "denoise", "vae"),
+            *("label_1", "weights_1", "label_2", "weights_2", "cells_at_once"),
+        ],
+        TERMS,
+        ("IMAGE", "IMAGE", "LATENT"),
+    ),
+    "GCFGGuidanceReport": ("Guidance Report", ["report"], ["latent"], ("IMAGE", "STRING", "STRING")),
 }
 
 
 @pytest.fixture
 def nodes(comfy):
-    from comfyui_gcfg.nodes import concept, guidance, sampling
+    from comfyui_gcfg.nodes import concept, guidance, prompts, report, sampling, sweep
 
-    return {node_id: (name, node) for topic in (concept, guidance, sampling) for node_id, name, node in topic.NODES}
+    topics = (concept, guidance, prompts, report, sampling, sweep)
+    return {node_id: (name, node) for topic in topics for node_id, name, node in topic.NODES}
 
 
 def test_no_node_more_or_less(nodes):
@@ -57,6 +69,7 @@ def test_every_input_and_output_is_explained(nodes, node_id):
     assert node.CATEGORY == "GCFG"
     assert len(node.DESCRIPTION) > 40
     assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES)
-    for inputs in node.INPUT_TYPES().values():
+    kinds = node.INPUT_TYPES()
+    for inputs in (kinds["required"], kinds.get("optional", {})):
         for name, (_, options) in inputs.items():
             assert len(options["tooltip"]) > 8, name

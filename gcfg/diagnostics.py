@@ -1,0 +1,224 @@
+"""What each guidance does: how strongly it pulls, and whether guidances fight."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .combine import delta, pivot_index
+from .plan import ActiveTerm
+
+_TINY = 1e-20  # below any norm: what it divides has no direction
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One evaluation of the guidance sum.
+
+    Attributes:
+        step: the sampling step that it belongs to, from 1.
+        sigma: noise level.
+        weights: each term's weight; 0 where it does not act.
+        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction.
+        total: the same of the whole sum, after guidance hooks.
+        cosines: cosine between the weighted deltas of each pair of terms (i < j, row by row), -1 (they fight) to 1;
+            None where a term does not pull.
+        centre: label of the term that is the centre where the unconditional model is not evaluated, else "".
+    """
+
+    step: int
+    sigma: float
+    weights: tuple[float, ...]
+    pulls: tuple[float, ...]
+    total: float
+    cosines: tuple[float | None, ...]
+    centre: str = ""
+
+
+@dataclass
+class GuidanceReport:
+    """The readings of one run.
+
+    Attributes:
+        labels: the terms' labels.
+        steps: number of sampling steps.
+        readings: one per evaluation, in order.
+    """
+
+    labels: tuple[str, ...] = ()
+    steps: int = 0
+    readings: list[Reading] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return {"labels": list(self.labels), "steps": self.steps, "readings": [asdict(r) for r in self.readings]}
+
+    def as_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.as_dict(), indent=1)
+
+    def as_csv(self) -> str:
+        """One line per evaluation: step, sigma, total, then weight and pull of each term, then each pair's cosine."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        columns = [f"{what} {label}" for label in self.labels for what in ("weight", "pull")]
+        columns += [f"cosine {self.labels[i]} / {self.labels[j]}" for i, j in pairs(len(self.labels))]
+        writer.writerow(["step", "sigma", "total", *columns, "centre"])
+        for r in self.readings:
+            terms = [value for both in zip(r.weights, r.pulls, strict=True) for value in both]
+            cosines = ["" if value is None else value for value in r.cosines]
+            writer.writerow([r.step, r.sigma, r.total, *terms, *cosines, r.centre])
+        return out.getvalue()
+
+
+class Recorder:
+    """Takes a reading of every evaluation of one run, without making the host wait for the device.
+
+    Args:
+        report: what the readings are added to; its labels and steps are set.
+        sigmas: the noise levels of the run, falling, (steps + 1,).
+        labels: the terms' labels.
+        tell: called after readings were added.
+    """
+
+    def __init__(
+        self,
+        report: GuidanceReport,
+        sigmas: Sequence[float],
+        labels: Sequence[str],
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
+        report.labels, report.steps, report.readings = tuple(labels), len(sigmas) - 1, []
+        self.report = report
+        self.tell = tell
+        self._starts = sigmas[:-1]
+        self._pending: _Pending | None = None
+
+    def record(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        base: Tensor | None,
+        predictions: Sequence[Tensor],
+        terms: Sequence[ActiveTerm],
+        denoised: Tensor,
+    ) -> None:
+        """Measure one evaluation; on a GPU the reading before it is what gets added now.
+
+        Args:
+            x: noisy latent, (B, C, *spatial).
+            sigma: (B,), all equal.
+            base: unconditional prediction, or None where it is not evaluated.
+            predictions: one per active term.
+            terms: the active terms.
+            denoised: what the sampler gets.
+        """
+        centre = ""
+        if base is None:
+            middle = pivot_index(terms)
+            base, centre = predictions[middle], terms[middle].label
+        measured = measure(x, base, predictions, terms, denoised)
+        pending = _Pending(torch.cat([sigma[:1].to(measured), measured]), tuple(terms), centre)
+        if x.device.type != "cuda":
+            self._add(pending)
+            return
+        self.finish()
+        self._pending = pending
+
+    def finish(self) -> None:
+        """Add what is still on its way from the device."""
+        if self._pending is not None:
+            self._add(self._pending)
+            self._pending = None
+
+    def _add(self, pending: _Pending) -> None:
+        self.report.readings.append(self._reading(pending))
+        self.tell()
+
+    def _reading(self, pending: _Pending) -> Reading:
+        sigma, total, *rest = pending.values()
+        count, active = len(self.report.labels), [term.index for term in pending.terms]
+        pulls, cosines = rest[: len(active)], dict(zip(pairs(len(active)), rest[len(active) :], strict=True))
+        place = {index: row for row, index in enumerate(active)}
+
+        def cosine(i: int, j: int) -> float | None:
+            if i not in place or j not in place:
+                return None
+            value = cosines[place[i], place[j]]
+            return None if value != value else round(value, 6)
+
+        weights = {term.index: term.weight for term in pending.terms}
+        return Reading(
+            step=max(1, sum(sigma <= start * (1 + 1e-5) for start in self._starts)),
+            sigma=sigma,
+            weights=tuple(weights.get(index, 0.0) for index in range(count)),
+            pulls=tuple(pulls[place[index]] if index in place else 0.0 for index in range(count)),
+            total=total,
+            cosines=tuple(cosine(i, j) for i, j in pairs(count)),
+            centre=pending.centre,
+        )
+
+
+class _Pending:
+    """Numbers that are on their way from the device to the host."""
+
+    def __init__(self, values: Tensor, terms: tuple[ActiveTerm, ...], centre: str) -> None:
+        self.terms, self.centre = terms, centre
+        self._arrived: torch.cuda.Event | None = None
+        self._values = values
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def values(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [float(value) for value in self._values.tolist()]
+
+
+def measure(
+    x: Tensor, base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm], denoised: Tensor
+) -> Tensor:
+    """How strongly each term and the sum pull, and the angles between terms.
+
+        pull_i  = |w_i m_i (eps_i - eps_0)| / |eps_0| = |w_i m_i (D_i - D_0)| / |x - D_0|
+        total   = |D - D_0| / |x - D_0|
+        cos_ij  = <w_i m_i (D_i - D_0), w_j m_j (D_j - D_0)> / (their norms)
+
+    eps = (x - D) / sigma at one `x` and `sigma`, so the ratios are those of the noise predictions in Eq. 3 of Cao et
+    al. 2023 (of the velocities for a flow model). Norms are over a sample; the numbers are means over the batch.
+
+    Args:
+        x: noisy latent, (B, C, *spatial).
+        base: the centre's prediction, of the same shape.
+        predictions: one per term.
+        terms: weight and mask of each.
+        denoised: the guided prediction, after hooks.
+
+    Returns:
+        float32 (1 + K + K (K - 1) / 2,): total, pulls, cosines of pairs (i < j, row by row); a cosine with a delta
+        of zero is NaN.
+    """
+    rows = [x - base, denoised - base]
+    rows += [delta(prediction, base, term) * term.weight for prediction, term in zip(predictions, terms, strict=True)]
+    vectors = torch.stack([row.flatten(1).float() for row in rows], dim=1)  # (B, 2 + K, N)
+    gram = vectors @ vectors.mT
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, 2 + K)
+    pulls = norms[:, 1:] / norms[:, :1].clamp_min(_TINY)
+    angles = gram / (norms[:, :, None] * norms[:, None, :])
+    i, j = torch.triu_indices(len(terms), len(terms), offset=1, device=x.device) + 2
+    return torch.cat([pulls, angles[:, i, j]], dim=1).mean(0)
+
+
+def pairs(count: int) -> list[tuple[int, int]]:
+    """(i, j) of every pair i < j, row by row."""
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]

@@ -1,0 +1,115 @@
+"""Decoupled prompts as text: one weighted condition per line.
+
+    7.5 | sunflower
+    5 @0-60% | in Van Gogh style
+    -2 | blurry
+
+Each line is a guidance of its own (condition decoupling, section 4.4 of Cao et al. 2023); a negative weight is a
+negative prompt (Appendix C). Empty lines and lines that begin with # are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+EXPECTED = "expected weight | prompt, such as 7.5 | sunflower, or 5 @0-60% | in Van Gogh style"
+MAX_WEIGHT = 100.0
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_HEAD = re.compile(rf"\s*(?P<weight>{_NUMBER})\s*(?:@(?P<interval>.*))?", re.DOTALL)
+_INTERVAL = re.compile(rf"\s*(?P<start>{_NUMBER})\s*%?\s*-\s*(?P<end>{_NUMBER})\s*%\s*")
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One condition.
+
+    Attributes:
+        number: its line in the text, from 1.
+        weight: guidance weight, at most 100 either way; negative pushes away.
+        text: the prompt.
+        start_percent: where in the sampling it begins to act, 0 to 1.
+        end_percent: where it stops.
+    """
+
+    number: int
+    weight: float
+    text: str
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def __str__(self) -> str:
+        """The line as a user writes it; reading it gives the same condition again."""
+        whole = (self.start_percent, self.end_percent) == (0.0, 1.0)
+        interval = "" if whole else f" @{_plain(self.start_percent * 100)}-{_plain(self.end_percent * 100)}%"
+        return f"{_plain(self.weight)}{interval} | {self.text}"
+
+
+@dataclass(frozen=True)
+class LineProblem:
+    """What is wrong with a line.
+
+    Attributes:
+        number: the line, from 1.
+        message: what was expected, and what is there.
+    """
+
+    number: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.number}: {self.message}"
+
+
+def read_prompt_lines(text: str) -> tuple[list[PromptLine], list[LineProblem]]:
+    """Read a decoupled prompt; never raises.
+
+    Args:
+        text: one condition per line.
+
+    Returns:
+        The conditions of the good lines, and the problems of the bad ones.
+    """
+    lines: list[PromptLine] = []
+    problems: list[LineProblem] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            read = _read_line(number, line)
+            (lines if isinstance(read, PromptLine) else problems).append(read)  # type: ignore[arg-type]
+    return lines, problems
+
+
+def _read_line(number: int, line: str) -> PromptLine | LineProblem:
+    head, bar, prompt = line.partition("|")
+    found = _HEAD.fullmatch(head)
+    if not bar or found is None:
+        return LineProblem(number, f"{EXPECTED}; found '{_short(line)}'.")
+    weight = float(found["weight"])
+    if not abs(weight) <= MAX_WEIGHT:
+        return LineProblem(
+            number, f"expected a weight from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}; found {found['weight']}."
+        )
+    if not prompt.strip():
+        return LineProblem(number, f"expected a prompt after |; found nothing. {EXPECTED.capitalize()}.")
+    if found["interval"] is None:
+        return PromptLine(number, weight, prompt.strip())
+    interval = _INTERVAL.fullmatch(found["interval"])
+    if interval is None:
+        return LineProblem(number, f"expected @start-end%, such as @0-60%; found '@{_short(found['interval'])}'.")
+    start, end = (float(interval[name]) / 100.0 for name in ("start", "end"))
+    if not (math.isfinite(start) and 0.0 <= start <= end <= 1.0):
+        return LineProblem(
+            number, f"expected 0 <= start <= end <= 100 in @start-end%; found '@{_short(found['interval'])}'."
+        )
+    return PromptLine(number, weight, prompt.strip(), start, end)
+
+
+def _plain(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")
+
+
+def _short(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 40 else text[:39] + "…"

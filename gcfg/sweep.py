@@ -1,0 +1,111 @@
+"""The cells of a weight sweep: which weights are tried, in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .errors import GuidanceError
+from .terms import GuidanceTerm
+
+MAX_CELLS = 400
+
+
+@dataclass(frozen=True)
+class SweptTerm:
+    """A term and the weights that it takes.
+
+    Attributes:
+        index: its place among the terms.
+        label: its label.
+        weights: the weights, in the order of the user's list.
+    """
+
+    index: int
+    label: str
+    weights: tuple[float, ...]
+
+
+def parse_weights(text: str, name: str) -> tuple[float, ...]:
+    """Read a list of weights: numbers and ranges `start:stop:step` (stop included), separated by commas.
+
+    Args:
+        text: such as `0, 1.5, 3` or `0:2:0.25`.
+        name: node and input, for errors.
+
+    Raises:
+        GuidanceError: if the list is empty, or something in it is neither a finite number nor a range.
+    """
+    weights: list[float] = []
+    for part in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        try:
+            numbers = [float(number) for number in part.split(":")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(map(math.isfinite, numbers)) or len(numbers) not in (1, 3):
+            raise GuidanceError(
+                f"{name}: '{part}', expected a number such as 1.5, or a range such as 0:2:0.25; correct it."
+            )
+        weights += numbers if len(numbers) == 1 else _range(numbers, f"{name}: '{part}'")
+    if not weights:
+        raise GuidanceError(
+            f"{name} is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add some."
+        )
+    return tuple(weights)
+
+
+def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
+    """The place of the one term of this label.
+
+    Args:
+        terms: all terms of the run.
+        label: the label; a term without one is called by its place, "1", "2" ...
+        name: node and input, for errors.
+
+    Raises:
+        GuidanceError: if no term or more than one has it, or its weight follows a list of points.
+    """
+    labels = [term.label or str(place) for place, term in enumerate(terms, start=1)]
+    found = [index for index, other in enumerate(labels) if other == label.strip()]
+    if len(found) != 1:
+        how_many = "no connected term has" if not found else f"{len(found)} connected terms have"
+        raise GuidanceError(
+            f"{name} is '{label}', and {how_many} that label, expected exactly one of {', '.join(map(repr, labels))}; "
+            f"{'give each Guidance Term its own label' if found else 'correct it'}."
+        )
+    if terms[found[0]].curve.kind == "points":
+        raise GuidanceError(
+            f"{name} is '{label}', whose weight follows a list of points, expected a constant, linear or cosine curve "
+            f"whose weight can be replaced; choose another curve there."
+        )
+    return found[0]
+
+
+def cell_terms(terms: Sequence[GuidanceTerm], swept: Sequence[SweptTerm]) -> list[tuple[GuidanceTerm, ...]]:
+    """The terms of every cell, row by row: the first swept term changes along a row, the second from row to row.
+
+    Raises:
+        GuidanceError: if there are more than `MAX_CELLS` cells.
+    """
+    count = math.prod(len(term.weights) for term in swept)
+    if count > MAX_CELLS:
+        raise GuidanceError(f"Weight Sweep: {count} cells, expected at most {MAX_CELLS}; shorten the lists of weights.")
+    cells: list[tuple[GuidanceTerm, ...]] = [tuple(terms)]
+    for term in reversed(swept):  # the last one varies slowest
+        cells = [_with_weight(cell, term.index, weight) for cell in cells for weight in term.weights]
+    return cells
+
+
+def _with_weight(terms: tuple[GuidanceTerm, ...], index: int, weight: float) -> tuple[GuidanceTerm, ...]:
+    return (*terms[:index], replace(terms[index], weight=weight), *terms[index + 1 :])
+
+
+def _range(numbers: Sequence[float], where: str) -> list[float]:
+    start, stop, step = numbers
+    count = (stop - start) / step if step != 0.0 else -1.0
+    if count < 0.0:
+        raise GuidanceError(f"{where}, expected start:stop:step with a step that leads from start to stop; correct it.")
+    if count > MAX_CELLS:
+        raise GuidanceError(f"{where} is more than {MAX_CELLS} weights, expected fewer; take a larger step.")
+    return [round(start + number * step, 9) for number in range(int(count + 1e-9) + 1)]

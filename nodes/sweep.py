@@ -1,0 +1,116 @@
+"""Weight Sweep: two weights, every combination, one picture.
+
+Grid search of the guidance weights: Cao et al. 2023, arXiv 2312.08195, Fig. 8(a) and D.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..gcfg.errors import GuidanceError
+from ..gcfg.sweep import SweptTerm, cell_terms, find_term, parse_weights
+from .figures import labelled_sheet
+from .runtime.ksampler import sample_latent
+from .runtime.sweep import SweepGuider
+from .sampling import GCFGKSampler
+from .sockets import gather_terms, optional_terms
+
+_NODE = "Weight Sweep"
+
+
+class GCFGWeightSweep:
+    """Node that samples every combination of two terms' weights."""
+
+    CATEGORY = "GCFG"
+    DESCRIPTION = (
+        "Samples every combination of the weights of two labelled terms from the same noise, and shows them on one "
+        "sheet. Cells are evaluated together, and share what they have in common, so it costs less than as many runs."
+    )
+    RETURN_TYPES = ("IMAGE", "IMAGE", "LATENT")
+    RETURN_NAMES = ("sheet", "images", "latent")
+    OUTPUT_TOOLTIPS = (
+        "All cells with their weights, one sheet for each latent of the batch.",
+        "The cells' images, row by row.",
+        "The cells' latents, row by row.",
+    )
+    FUNCTION = "sweep"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Inputs of the node, in ComfyUI's V1 form."""
+        label = "The label of a connected Guidance Term"
+        weights = "Its weights: numbers and ranges start:stop:step, such as 0, 1.5, 3 or 0:2:0.25. They replace its own"
+        return {
+            "required": {
+                **GCFGKSampler.INPUT_TYPES()["required"],
+                "vae": ("VAE", {"tooltip": "Decodes the cells for the sheet."}),
+                "label_1": ("STRING", {"default": "concept", "tooltip": f"{label}; it changes along a row."}),
+                "weights_1": ("STRING", {"default": "0, 1.5, 3", "tooltip": f"{weights}."}),
+                "label_2": (
+                    "STRING",
+                    {"default": "", "tooltip": f"{label}; it changes from row to row. Empty: one row only."},
+                ),
+                "weights_2": ("STRING", {"default": "0, 4, 8", "tooltip": f"{weights}."}),
+                "cells_at_once": (
+                    "INT",
+                    {
+                        "default": 8,
+                        "min": 1,
+                        "max": 400,
+                        "tooltip": "How many cells are evaluated in one call: as many as fit into memory as a batch.",
+                    },
+                ),
+            },
+            "optional": optional_terms(),
+        }
+
+    def sweep(
+        self,
+        model: Any,
+        seed: int,
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+        unconditional: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+        vae: Any,
+        label_1: str,
+        weights_1: str,
+        label_2: str,
+        weights_2: str,
+        cells_at_once: int,
+        **sockets: Any,
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Sample all cells, decode them and lay them out."""
+        terms = gather_terms(sockets)
+        swept = []
+        for number, label, weights in ((1, label_1, weights_1), (2, label_2, weights_2)):
+            if number == 1 or label.strip():
+                index = find_term(terms, label, f"{_NODE}: label_{number}")
+                swept.append(SweptTerm(index, label.strip(), parse_weights(weights, f"{_NODE}: weights_{number}")))
+        if len(swept) > 1 and swept[0].index == swept[1].index:
+            raise GuidanceError(f"{_NODE}: label_1 and label_2 are both '{label_1}', expected two terms; change one.")
+        guider = SweepGuider(model, unconditional, cell_terms(terms, swept), _NODE, cells_at_once)
+        latent = sample_latent(
+            guider,
+            latent_image,
+            seed=seed,
+            steps=steps,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
+        )
+        latent.pop("batch_index", None)  # it counts the batch of one cell
+        images = vae.decode(latent["samples"])
+        images = images.reshape(-1, *images.shape[-3:])
+        columns = [f"{swept[0].label} {weight:g}" for weight in swept[0].weights]
+        rows = [f"{swept[1].label} {weight:g}" for weight in swept[1].weights] if len(swept) > 1 else [""]
+        each = len(images) // (len(columns) * len(rows))
+        sheets = [labelled_sheet(images[number::each], columns, rows) for number in range(each)]
+        return torch.cat(sheets), images, latent
+
+
+NODES = [("GCFGWeightSweep", "Weight Sweep", GCFGWeightSweep)]

@@ -1,0 +1,205 @@
+// The guidance chart: how strongly each term pulls at every evaluation, and which terms fight.
+
+import { Drawing, palette } from "./drawing.mjs";
+
+const LEGEND = 14; // pixels of a legend line
+const BARS = 3; // thickness of an interval bar
+
+export class Chart {
+  constructor() {
+    this.element = document.createElement("div");
+    this.element.style.cssText = "position: relative; width: 100%; height: 100%; overflow: hidden;";
+    this.drawing = new Drawing(this.element, (context, width, height) => this.draw(context, width, height));
+    this.readout = document.createElement("div");
+    this.readout.dataset.gcfg = "readout";
+    this.readout.style.cssText =
+      "position: absolute; top: 2px; right: 4px; display: none; pointer-events: none; padding: 2px 6px; " +
+      "font: 10px/1.35 sans-serif; white-space: pre; border-radius: 4px; background: rgba(20, 20, 20, .88); color: #eee;";
+    this.element.append(this.readout);
+    this.element.addEventListener("pointermove", (event) => this.point(event));
+    this.element.addEventListener("pointerleave", () => this.point(null));
+    this.show({ labels: [], steps: 0, readings: [] });
+  }
+
+  /** Replace everything by the report of a whole run. */
+  show({ labels, steps, readings }) {
+    this.labels = labels;
+    this.steps = steps;
+    this.readings = readings.slice();
+    this.at = null;
+    this.refresh();
+  }
+
+  /** Add the readings of a run that goes on; a first one begins a new chart. */
+  add({ first, labels, steps, readings }) {
+    if (first === 0) this.show({ labels, steps, readings });
+    else {
+      this.readings.splice(first, this.readings.length, ...readings);
+      this.refresh();
+    }
+  }
+
+  refresh() {
+    this.element.dataset.evaluations = this.readings.length;
+    this.element.dataset.labels = JSON.stringify(this.labels);
+    this.tell();
+    this.drawing.redraw();
+  }
+
+  /** Where evaluation `index` stands: solvers may evaluate a step more than once, and more are to come. */
+  x(index, area) {
+    const count = Math.max(this.readings.length, this.readings.length ? this.steps : 1);
+    return area.left + (count > 1 ? (index / (count - 1)) * area.width : area.width / 2);
+  }
+
+  draw(context, width, height) {
+    const { text, faint } = palette();
+    context.font = "10px sans-serif";
+    context.textBaseline = "middle";
+    if (!this.readings.length) {
+      context.fillStyle = faint;
+      context.textAlign = "center";
+      context.fillText("Run the graph to see what each guidance does.", width / 2, height / 2);
+      return;
+    }
+    const bottom = this.labels.length * (BARS + 1) + 2;
+    const angles = this.labels.length > 1 ? Math.round((height - LEGEND - bottom) * 0.32) : 0;
+    const area = { left: 30, width: width - 38 };
+    this.drawLegend(context, width, text);
+    this.drawPulls(context, { ...area, top: LEGEND + 3, height: height - LEGEND - bottom - angles - 8 }, faint, text);
+    if (angles) this.drawCosines(context, { ...area, top: height - bottom - angles, height: angles - 2 }, faint);
+    this.drawIntervals(context, { ...area, top: height - bottom + 2 });
+    if (this.at !== null) {
+      context.strokeStyle = faint;
+      line(context, [[this.x(this.at, area), LEGEND], [this.x(this.at, area), height - 1]]);
+    }
+    this.area = area;
+  }
+
+  drawLegend(context, width, text) {
+    let x = 4;
+    context.textAlign = "left";
+    for (const [index, label] of [...this.labels, "sum"].entries()) {
+      const colour = index < this.labels.length ? colourOf(index) : text;
+      const short = label.length > 18 ? `${label.slice(0, 17)}…` : label;
+      context.fillStyle = colour;
+      context.fillRect(x, LEGEND / 2 - 1, 8, 3);
+      context.fillText(short, x + 11, LEGEND / 2 + 1);
+      x += 18 + context.measureText(short).width;
+      if (x > width) break;
+    }
+  }
+
+  drawPulls(context, area, faint, text) {
+    const highest = Math.max(1e-9, ...this.readings.flatMap((r) => [r.total, ...r.pulls]));
+    const y = (value) => area.top + area.height * (1 - value / highest);
+    axis(context, area, faint, [[0, "0"], [highest, short(highest)]], y);
+    this.labels.forEach((_, term) => {
+      context.strokeStyle = colourOf(term);
+      this.curve(context, area, y, (r) => (r.weights[term] === 0 ? null : r.pulls[term]));
+    });
+    context.strokeStyle = text;
+    context.setLineDash([3, 3]);
+    this.curve(context, area, y, (r) => r.total);
+    context.setLineDash([]);
+  }
+
+  drawCosines(context, area, faint) {
+    const y = (value) => area.top + (area.height * (1 - value)) / 2;
+    axis(context, area, faint, [[-1, "fight"], [0, "0"], [1, "agree"]], y);
+    pairs(this.labels.length).forEach(([i, j], pair) => {
+      context.strokeStyle = colourOf(i);
+      this.curve(context, area, y, (r) => r.cosines[pair]);
+      context.strokeStyle = colourOf(j);
+      context.setLineDash([4, 4]);
+      this.curve(context, area, y, (r) => r.cosines[pair]);
+      context.setLineDash([]);
+    });
+  }
+
+  /** A bar for each term where its weight is not 0. */
+  drawIntervals(context, area) {
+    const half = this.x(1, area) - this.x(0, area);
+    this.labels.forEach((_, term) => {
+      context.fillStyle = colourOf(term);
+      this.readings.forEach((r, index) => {
+        if (r.weights[term] === 0) return;
+        context.fillRect(this.x(index, area) - half / 2, area.top + term * (BARS + 1), Math.max(half, 2), BARS);
+      });
+    });
+  }
+
+  curve(context, area, y, value) {
+    let points = [];
+    this.readings.forEach((reading, index) => {
+      const at = value(reading);
+      if (at === null) {
+        line(context, points);
+        points = [];
+      } else points.push([this.x(index, area), y(at)]);
+    });
+    line(context, points);
+  }
+
+  /** Read the values below the pointer. */
+  point(event) {
+    this.at = null;
+    if (event && this.readings.length && this.area) {
+      const box = this.element.getBoundingClientRect();
+      const x = ((event.clientX - box.left) / box.width) * this.drawing.width;
+      const distance = (index) => Math.abs(this.x(index, this.area) - x);
+      this.at = this.readings.reduce((best, _, index) => (distance(index) < distance(best) ? index : best), 0);
+    }
+    this.tell();
+    this.drawing.redraw();
+  }
+
+  tell() {
+    const reading = this.at === null ? null : this.readings[this.at];
+    this.readout.style.display = reading ? "block" : "none";
+    if (reading) this.readout.textContent = describe(reading, this.labels, this.steps);
+  }
+}
+
+/** The values of one evaluation as text. */
+export function describe(reading, labels, steps) {
+  const lines = [`step ${reading.step} of ${steps}, sigma ${short(reading.sigma)}`];
+  labels.forEach((label, term) => {
+    const pull = reading.weights[term] === 0 ? "off" : `pull ${short(reading.pulls[term])}`;
+    lines.push(`${label}: weight ${short(reading.weights[term])}, ${pull}`);
+  });
+  lines.push(`sum: ${short(reading.total)}`);
+  pairs(labels.length).forEach(([i, j], pair) => {
+    const cosine = reading.cosines[pair];
+    if (cosine !== null) lines.push(`${labels[i]} · ${labels[j]}: cosine ${cosine.toFixed(2)}`);
+  });
+  if (reading.centre) lines.push(`measured from ${reading.centre}`);
+  return lines.join("\n");
+}
+
+const COLOURS = ["#5b9bd5", "#ed7d31", "#70ad47", "#b07cc6", "#d6a11f", "#45b5aa", "#d9627e", "#9a8a78"];
+const colourOf = (term) => COLOURS[term % COLOURS.length];
+
+const short = (value) => Number(value.toPrecision(3)).toString();
+
+const pairs = (count) =>
+  Array.from({ length: count }, (_, i) => Array.from({ length: count - i - 1 }, (_, k) => [i, i + 1 + k])).flat();
+
+function line(context, points) {
+  if (!points.length) return;
+  context.beginPath();
+  points.forEach(([x, y], index) => (index ? context.lineTo(x, y) : context.moveTo(x, y)));
+  if (points.length === 1) context.lineTo(points[0][0] + 1, points[0][1]);
+  context.stroke();
+}
+
+function axis(context, area, colour, marks, y) {
+  context.strokeStyle = context.fillStyle = colour;
+  context.textAlign = "right";
+  context.globalAlpha = 0.6;
+  for (const [value, label] of marks) {
+    line(context, [[area.left, y(value)], [area.left + area.width, y(value)]]);
+    context.fillText(label, area.left - 3, y(value));
+  }
+  context.globalAlpha = 1;
+}

@@ -1,0 +1,97 @@
+// The weight of a Guidance Term over the sampling, drawn while it is edited.
+
+import { Drawing, palette } from "./drawing.mjs";
+import { addPanel, ask, later, widgetValues } from "./nodes.mjs";
+
+const USED = { end_weight: ["linear", "cosine"], points: ["points"] };
+
+export function attachCurve(node, api) {
+  const element = document.createElement("div");
+  element.style.cssText = "width: 100%; height: 100%;";
+  let state = {};
+  const drawing = new Drawing(element, (context, width, height) => draw(context, width, height, state));
+  const update = later(async () => {
+    hideUnused(node);
+    state = await ask(api, "/gcfg/curve", widgetValues(node));
+    element.dataset.weights = JSON.stringify(state.weights ?? null);
+    element.dataset.error = state.error ?? "";
+    element.title = state.error ?? "The weight over the sampling, from pure noise (left) to the image (right)";
+    drawing.redraw();
+  }, 60);
+  for (const widget of node.widgets ?? []) {
+    const own = widget.callback;
+    widget.callback = function (...args) {
+      const result = own?.apply(this, args);
+      update(node);
+      return result;
+    };
+  }
+  const configured = node.onConfigure;
+  node.onConfigure = function (...args) {
+    const result = configured?.apply(this, args);
+    update(node);
+    return result;
+  };
+  addPanel(node, "weight_curve", element, 56);
+  update(node);
+}
+
+/** Show only the widgets that the chosen curve uses. */
+function hideUnused(node) {
+  const { curve } = widgetValues(node);
+  for (const widget of node.widgets ?? []) {
+    if (USED[widget.name]) setHidden(widget, !USED[widget.name].includes(curve));
+  }
+  node.setSize?.([node.size[0], Math.max(node.computeSize()[1], node.size[1])]);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
+function setHidden(widget, hidden) {
+  widget.hidden = hidden;
+  if (widget.options) widget.options.hidden = hidden;
+}
+
+function draw(context, width, height, { weights, error }) {
+  const { text, faint } = palette();
+  context.font = "10px sans-serif";
+  context.textBaseline = "middle";
+  if (error) {
+    context.fillStyle = "#e06060";
+    wrapped(context, error, width).forEach((line, index) => context.fillText(line, 4, 8 + 12 * index));
+    return;
+  }
+  if (!weights) return;
+  const low = Math.min(0, ...weights);
+  const high = Math.max(0, ...weights, low + 1e-9);
+  const left = 30;
+  const x = (index) => left + (index / (weights.length - 1)) * (width - left - 6);
+  const y = (weight) => 6 + (1 - (weight - low) / (high - low)) * (height - 12);
+  context.fillStyle = context.strokeStyle = faint;
+  context.textAlign = "right";
+  for (const mark of new Set([low, 0, high])) {
+    context.globalAlpha = 0.6;
+    context.beginPath();
+    context.moveTo(left, y(mark));
+    context.lineTo(width - 6, y(mark));
+    context.stroke();
+    context.fillText(String(Number(mark.toPrecision(3))), left - 3, y(mark));
+  }
+  context.globalAlpha = 1;
+  context.strokeStyle = "#e0a03c";
+  context.lineWidth = 1.5;
+  context.beginPath();
+  weights.forEach((weight, index) => (index ? context.lineTo(x(index), y(weight)) : context.moveTo(x(index), y(weight))));
+  context.stroke();
+  context.lineWidth = 1;
+  context.fillStyle = text;
+}
+
+function wrapped(context, text, width) {
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (context.measureText(longer).width > width - 8 && lines.at(-1)) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  return lines;
+}

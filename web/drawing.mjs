@@ -1,0 +1,38 @@
+// A canvas that fills its element, sharp at any zoom, drawn once per frame at most.
+
+export class Drawing {
+  constructor(parent, draw) {
+    this.canvas = document.createElement("canvas");
+    this.canvas.style.cssText = "display: block; width: 100%; height: 100%;";
+    parent.append(this.canvas);
+    this.draw = draw;
+    this.width = 0;
+    this.asked = 0;
+    new ResizeObserver(() => this.redraw()).observe(this.canvas);
+  }
+
+  redraw() {
+    if (!this.asked) this.asked = requestAnimationFrame(() => this.now());
+  }
+
+  now() {
+    this.asked = 0;
+    const { clientWidth, clientHeight } = this.canvas;
+    if (!clientWidth || !clientHeight) return; // not shown; the observer asks again when it is
+    const scale = 2 * (window.devicePixelRatio || 1); // graphs are zoomed into
+    const size = [Math.round(clientWidth * scale), Math.round(clientHeight * scale)];
+    if (this.canvas.width !== size[0] || this.canvas.height !== size[1]) [this.canvas.width, this.canvas.height] = size;
+    const context = this.canvas.getContext("2d");
+    context.setTransform(scale, 0, 0, scale, 0, 0);
+    context.clearRect(0, 0, clientWidth, clientHeight);
+    this.width = clientWidth;
+    this.draw(context, clientWidth, clientHeight);
+  }
+}
+
+/** The colours of the editor's theme. */
+export function palette() {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
+  return { text: colour("--input-text", "#ddd"), faint: colour("--descrip-text", "#999") };
+}

@@ -1,0 +1,69 @@
+// The pack's one extension: sockets that grow, a live chart, a curve preview, and a check of prompts while typing.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Chart } from "./chart.mjs";
+import { attachCurve } from "./curve.mjs";
+import { colourLinks, fitSockets, nameSockets } from "./sockets.mjs";
+import { attachCheck } from "./prompt.mjs";
+import { addPanel, findNode, later } from "./nodes.mjs";
+
+const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"]);
+const CHARTED = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced"]);
+const TERMS = new Set(["GCFGGuidanceTerm", "GCFGDecoupledPrompt"]);
+
+/** Call `then` after the node's own handler of that name. */
+function after(node, handler, then) {
+  const own = node[handler];
+  node[handler] = function (...args) {
+    const result = own?.apply(this, args);
+    then(...args);
+    return result;
+  };
+}
+
+/** Bring all sockets and their names up to date, once the editor has finished what it is doing. */
+const refresh = later((graph) => {
+  for (const node of graph?._nodes ?? []) {
+    if (SUMMING.has(node.comfyClass)) {
+      fitSockets(node);
+      nameSockets(node);
+    }
+  }
+  graph?.setDirtyCanvas?.(true, true);
+});
+
+app.registerExtension({
+  name: "gcfg.editor",
+
+  setup() {
+    colourLinks(app);
+    api.addEventListener("gcfg.step", ({ detail }) => chartOf(detail.node)?.add(detail));
+    api.addEventListener("executed", ({ detail }) => {
+      const report = detail.output?.gcfg?.[0];
+      if (report) chartOf(detail.node)?.show(report);
+    });
+  },
+
+  nodeCreated(node) {
+    if (SUMMING.has(node.comfyClass) || TERMS.has(node.comfyClass)) {
+      for (const handler of ["onConnectionsChange", "onConfigure", "onAdded"]) {
+        after(node, handler, () => refresh(node.graph));
+      }
+    }
+    if (CHARTED.has(node.comfyClass)) {
+      node.gcfgChart = new Chart();
+      addPanel(node, "guidance_chart", node.gcfgChart.element, 130);
+    }
+    if (node.comfyClass === "GCFGGuidanceTerm") attachCurve(node, api);
+    if (node.comfyClass === "GCFGDecoupledPrompt") attachCheck(node, api);
+    if (TERMS.has(node.comfyClass)) {
+      for (const widget of node.widgets ?? []) {
+        if (widget.name === "label" || widget.name === "text") after(widget, "callback", () => refresh(node.graph));
+      }
+    }
+  },
+});
+
+function chartOf(id) {
+  return findNode(app.rootGraph ?? app.graph, id)?.gcfgChart;
+}

@@ -1,0 +1,29 @@
+// Decoupled Prompt: bad lines are named while the text is typed, by the code that reads it when it runs.
+
+import { addPanel, ask, later, widgetValues } from "./nodes.mjs";
+
+export function attachCheck(node, api) {
+  const element = document.createElement("div");
+  element.style.cssText = "font: 10px/1.35 sans-serif; overflow: auto; white-space: pre-wrap; padding: 0 4px;";
+  const update = later(async () => {
+    const { lines, problems } = await ask(api, "/gcfg/prompt", { text: String(widgetValues(node).text ?? "") });
+    const good = `${lines.length} ${lines.length === 1 ? "guidance" : "guidances"}`;
+    element.textContent = problems.length ? problems.map((p) => `line ${p.line}: ${p.message}`).join("\n") : good;
+    element.style.color = problems.length ? "#e06060" : "var(--descrip-text, #999)";
+    element.dataset.problems = problems.length;
+  }, 200);
+  const text = node.widgets?.find((widget) => widget.name === "text");
+  const input = text?.inputEl ?? text?.element;
+  input?.addEventListener?.("input", () => update(node));
+  for (const [owner, handler] of [[text, "callback"], [node, "onConfigure"]]) {
+    const own = owner?.[handler];
+    if (!owner) continue;
+    owner[handler] = function (...args) {
+      const result = own?.apply(this, args);
+      update(node);
+      return result;
+    };
+  }
+  addPanel(node, "prompt_check", element, 44);
+  update(node);
+}
