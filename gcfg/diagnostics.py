@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,18 +16,17 @@ from torch import Tensor
 from .combine import delta, pivot_index
 from .plan import ActiveTerm
 
-_TINY = 1e-20  # below any norm: what it divides has no direction
-
 
 @dataclass(frozen=True)
 class Reading:
     """One evaluation of the guidance sum.
 
     Attributes:
-        step: the sampling step that it belongs to, from 1.
+        step: the sampling step at whose noise levels it is, from 1.
         sigma: noise level.
         weights: each term's weight; 0 where it does not act.
-        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction.
+        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction; None where that is
+            not a number, as after a model that gave none.
         total: the same of the whole sum, after guidance hooks.
         cosines: cosine between the weighted deltas of each pair of terms (i < j, row by row), -1 (they fight) to 1;
             None where a term does not pull.
@@ -36,8 +36,8 @@ class Reading:
     step: int
     sigma: float
     weights: tuple[float, ...]
-    pulls: tuple[float, ...]
-    total: float
+    pulls: tuple[float | None, ...]
+    total: float | None
     cosines: tuple[float | None, ...]
     centre: str = ""
 
@@ -62,7 +62,7 @@ class GuidanceReport:
 
     def as_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.as_dict(), indent=1)
+        return json.dumps(self.as_dict(), indent=1, allow_nan=False)
 
     def as_csv(self) -> str:
         """One line per evaluation: step, sigma, total, then weight and pull of each term, then each pair's cosine."""
@@ -73,8 +73,7 @@ class GuidanceReport:
         writer.writerow(["step", "sigma", "total", *columns, "centre"])
         for r in self.readings:
             terms = [value for both in zip(r.weights, r.pulls, strict=True) for value in both]
-            cosines = ["" if value is None else value for value in r.cosines]
-            writer.writerow([r.step, r.sigma, r.total, *terms, *cosines, r.centre])
+            writer.writerow([r.step, r.sigma, r.total, *terms, *r.cosines, r.centre])  # None is left empty
         return out.getvalue()
 
 
@@ -83,7 +82,7 @@ class Recorder:
 
     Args:
         report: what the readings are added to; its labels and steps are set.
-        sigmas: the noise levels of the run, falling, (steps + 1,).
+        sigmas: the noise levels of the run, falling (or rising, where noise is added back), (steps + 1,).
         labels: the terms' labels.
         tell: called after readings were added.
     """
@@ -99,6 +98,7 @@ class Recorder:
         self.report = report
         self.tell = tell
         self._starts = sigmas[:-1]
+        self._falling = sigmas[0] >= sigmas[-1]
         self._pending: _Pending | None = None
 
     def record(
@@ -151,19 +151,25 @@ class Recorder:
         def cosine(i: int, j: int) -> float | None:
             if i not in place or j not in place:
                 return None
-            value = cosines[place[i], place[j]]
-            return None if value != value else round(value, 6)
+            value = _number(cosines[place[i], place[j]])
+            return None if value is None else round(min(max(value, -1.0), 1.0), 6)
 
         weights = {term.index: term.weight for term in pending.terms}
         return Reading(
-            step=max(1, sum(sigma <= start * (1 + 1e-5) for start in self._starts)),
+            step=self._step(sigma),
             sigma=sigma,
             weights=tuple(weights.get(index, 0.0) for index in range(count)),
-            pulls=tuple(pulls[place[index]] if index in place else 0.0 for index in range(count)),
-            total=total,
+            pulls=tuple(_number(pulls[place[index]]) if index in place else 0.0 for index in range(count)),
+            total=_number(total),
             cosines=tuple(cosine(i, j) for i, j in pairs(count)),
             centre=pending.centre,
         )
+
+    def _step(self, sigma: float) -> int:
+        reached = (
+            sigma <= start * (1 + 1e-5) if self._falling else sigma >= start * (1 - 1e-5) for start in self._starts
+        )
+        return max(1, sum(reached))
 
 
 class _Pending:
@@ -195,7 +201,8 @@ def measure(
         cos_ij  = <w_i m_i (D_i - D_0), w_j m_j (D_j - D_0)> / (their norms)
 
     eps = (x - D) / sigma at one `x` and `sigma`, so the ratios are those of the noise predictions in Eq. 3 of Cao et
-    al. 2023 (of the velocities for a flow model). Norms are over a sample; the numbers are means over the batch.
+    al. 2023 (of the velocities for a flow model). Norms are over a sample; the numbers are means over the batch, a
+    cosine's over the samples in which both terms pull.
 
     Args:
         x: noisy latent, (B, C, *spatial).
@@ -205,20 +212,24 @@ def measure(
         denoised: the guided prediction, after hooks.
 
     Returns:
-        float32 (1 + K + K (K - 1) / 2,): total, pulls, cosines of pairs (i < j, row by row); a cosine with a delta
-        of zero is NaN.
+        float32 (1 + K + K (K - 1) / 2,): total, pulls, cosines of pairs (i < j, row by row); a cosine is NaN where
+        the two terms pull in no sample together.
     """
     rows = [x - base, denoised - base]
     rows += [delta(prediction, base, term) * term.weight for prediction, term in zip(predictions, terms, strict=True)]
     vectors = torch.stack([row.flatten(1).float() for row in rows], dim=1)  # (B, 2 + K, N)
     gram = vectors @ vectors.mT
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, 2 + K)
-    pulls = norms[:, 1:] / norms[:, :1].clamp_min(_TINY)
+    pulls = norms[:, 1:] / norms[:, :1]
     angles = gram / (norms[:, :, None] * norms[:, None, :])
     i, j = torch.triu_indices(len(terms), len(terms), offset=1, device=x.device) + 2
-    return torch.cat([pulls, angles[:, i, j]], dim=1).mean(0)
+    return torch.cat([pulls.mean(0), angles[:, i, j].nanmean(0)])
 
 
 def pairs(count: int) -> list[tuple[int, int]]:
     """(i, j) of every pair i < j, row by row."""
     return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -10,14 +10,14 @@ negative prompt (Appendix C). Empty lines and lines that begin with # are left o
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 EXPECTED = "expected weight | prompt, such as 7.5 | sunflower, or 5 @0-60% | in Van Gogh style"
 MAX_WEIGHT = 100.0
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _HEAD = re.compile(rf"\s*(?P<weight>{_NUMBER})\s*(?:@(?P<interval>.*))?", re.DOTALL)
 _INTERVAL = re.compile(rf"\s*(?P<start>{_NUMBER})\s*%?\s*-\s*(?P<end>{_NUMBER})\s*%\s*")
 
@@ -43,7 +43,7 @@ class PromptLine:
     def __str__(self) -> str:
         """The line as a user writes it; reading it gives the same condition again."""
         whole = (self.start_percent, self.end_percent) == (0.0, 1.0)
-        interval = "" if whole else f" @{_plain(self.start_percent * 100)}-{_plain(self.end_percent * 100)}%"
+        interval = "" if whole else f" @{_percent_text(self.start_percent)}-{_percent_text(self.end_percent)}%"
         return f"{_plain(self.weight)}{interval} | {self.text}"
 
 
@@ -89,7 +89,7 @@ def _read_line(number: int, line: str) -> PromptLine | LineProblem:
     weight = float(found["weight"])
     if not abs(weight) <= MAX_WEIGHT:
         return LineProblem(
-            number, f"expected a weight from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}; found {found['weight']}."
+            number, f"expected a weight from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}; found {_short(found['weight'])}."
         )
     if not prompt.strip():
         return LineProblem(number, f"expected a prompt after |; found nothing. {EXPECTED.capitalize()}.")
@@ -98,12 +98,27 @@ def _read_line(number: int, line: str) -> PromptLine | LineProblem:
     interval = _INTERVAL.fullmatch(found["interval"])
     if interval is None:
         return LineProblem(number, f"expected @start-end%, such as @0-60%; found '@{_short(found['interval'])}'.")
-    start, end = (float(interval[name]) / 100.0 for name in ("start", "end"))
-    if not (math.isfinite(start) and 0.0 <= start <= end <= 1.0):
+    start, end = (_fraction(interval[name]) for name in ("start", "end"))
+    if not 0.0 <= start <= end <= 1.0:
         return LineProblem(
             number, f"expected 0 <= start <= end <= 100 in @start-end%; found '@{_short(found['interval'])}'."
         )
     return PromptLine(number, weight, prompt.strip(), start, end)
+
+
+def _fraction(percent: str) -> float:
+    """The fraction nearest to a percent as it is written: 7 % is 0.07 itself, which 7.0 / 100 need not be."""
+    digits, _, exponent = percent.lower().partition("e")
+    return float(f"{digits}e{int(exponent or 0) - 2}")
+
+
+def _percent_text(fraction: float) -> str:
+    """A percent that `_fraction` reads as this fraction, to the last bit."""
+    return _without_zeros(f"{Decimal(repr(fraction)).scaleb(2):f}")
+
+
+def _without_zeros(number: str) -> str:
+    return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 def _plain(number: float) -> str:
