@@ -8,7 +8,7 @@ const BARS = 3; // thickness of an interval bar
 export class Chart {
   constructor() {
     this.element = document.createElement("div");
-    this.element.style.cssText = "position: relative; width: 100%; height: 100%; overflow: hidden;";
+    this.element.style.cssText = "width: 100%; height: 100%; overflow: hidden;";
     this.drawing = new Drawing(this.element, (context, width, height) => this.draw(context, width, height));
     this.readout = document.createElement("div");
     this.readout.dataset.gcfg = "readout";

@@ -1,7 +1,7 @@
 // The weight of a Guidance Term over the sampling, drawn while it is edited.
 
 import { Drawing, palette } from "./drawing.mjs";
-import { addPanel, ask, later, widgetValues } from "./nodes.mjs";
+import { addPanel, ask, drawAgain, fitSize, later, showWidget, widgetValues } from "./nodes.mjs";
 
 const USED = { end_weight: ["linear", "cosine"], points: ["points"] };
 
@@ -11,7 +11,6 @@ export function attachCurve(node, api) {
   let state = {};
   const drawing = new Drawing(element, (context, width, height) => draw(context, width, height, state));
   const update = later(async () => {
-    hideUnused(node);
     state = await ask(api, "/gcfg/curve", widgetValues(node));
     element.dataset.weights = JSON.stringify(state.weights ?? null);
     element.dataset.error = state.error ?? "";
@@ -22,6 +21,7 @@ export function attachCurve(node, api) {
     const own = widget.callback;
     widget.callback = function (...args) {
       const result = own?.apply(this, args);
+      hideUnused(node);
       update(node);
       return result;
     };
@@ -29,26 +29,24 @@ export function attachCurve(node, api) {
   const configured = node.onConfigure;
   node.onConfigure = function (...args) {
     const result = configured?.apply(this, args);
+    hideUnused(node);
     update(node);
     return result;
   };
   addPanel(node, "weight_curve", element, 56);
+  hideUnused(node); // before it is drawn for the first time
   update(node);
 }
 
 /** Show only the widgets that the chosen curve uses. */
 function hideUnused(node) {
   const { curve } = widgetValues(node);
+  const before = node.computeSize()[1];
   for (const widget of node.widgets ?? []) {
-    if (USED[widget.name]) setHidden(widget, !USED[widget.name].includes(curve));
+    if (USED[widget.name]) showWidget(widget, USED[widget.name].includes(curve));
   }
-  node.setSize?.([node.size[0], Math.max(node.computeSize()[1], node.size[1])]);
-  node.graph?.setDirtyCanvas?.(true, true);
-}
-
-function setHidden(widget, hidden) {
-  widget.hidden = hidden;
-  if (widget.options) widget.options.hidden = hidden;
+  fitSize(node, [node.size[0], node.size[1] + node.computeSize()[1] - before]);
+  drawAgain(node);
 }
 
 function draw(context, width, height, { weights, error }) {

@@ -3,12 +3,14 @@
 export class Drawing {
   constructor(parent, draw) {
     this.canvas = document.createElement("canvas");
-    this.canvas.style.cssText = "display: block; width: 100%; height: 100%;";
+    // Out of the flow: the element decides the canvas's size, never the other way round.
+    this.canvas.style.cssText = "position: absolute; inset: 0; width: 100%; height: 100%;";
     parent.append(this.canvas);
     this.draw = draw;
     this.width = 0;
     this.asked = 0;
-    new ResizeObserver(() => this.redraw()).observe(this.canvas);
+    parent.style.position = "relative";
+    new ResizeObserver(() => this.redraw()).observe(parent);
   }
 
   redraw() {

@@ -46,9 +46,11 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (SUMMING.has(node.comfyClass) || TERMS.has(node.comfyClass)) {
-      for (const handler of ["onConnectionsChange", "onConfigure", "onAdded"]) {
-        after(node, handler, () => refresh(node.graph));
-      }
+      for (const handler of ["onConnectionsChange", "onAdded"]) after(node, handler, () => refresh(node.graph));
+      after(node, "onConfigure", (saved) => {
+        node.gcfgSize = saved?.size && [saved.size[0], saved.size[1]]; // as it was saved, with its sockets
+        refresh(node.graph);
+      });
     }
     if (CHARTED.has(node.comfyClass)) {
       node.gcfgChart = new Chart();

@@ -1,8 +1,14 @@
 // What the editor's nodes need, in every version of the editor.
 
+const MARGINS = 20; // above and below an element on the canvas
+
+// What old editors, which know no hidden widgets, do not draw.
+const HIDDEN = "converted-widget";
+
 /** Add an element below the widgets of a node; it belongs to the view and is never saved. */
 export function addPanel(node, name, element, height) {
   element.dataset.gcfg = name;
+  element.style.minHeight = `${height - MARGINS}px`; // Vue nodes ask the element
   const widget = node.addDOMWidget(name, `gcfg_${name}`, element, {
     serialize: false,
     hideOnZoom: false,
@@ -12,8 +18,37 @@ export function addPanel(node, name, element, height) {
     setValue: () => {},
   });
   widget.serialize = false; // old editors look here
-  widget.computeSize = (width) => [width, height]; // and ask the widget itself
   return widget;
+}
+
+/** Give a node a size, or the smallest that holds its sockets and widgets. */
+export function fitSize(node, [width, height]) {
+  if (!window.comfyAPI) {
+    // Old editors never move a widget again, unless they have forgotten where it was.
+    for (const widget of node.widgets ?? []) delete widget.y, delete widget.last_y;
+    node.setDirtyCanvas?.(true, true);
+  }
+  const least = node.computeSize();
+  node.setSize([Math.max(width, least[0]), Math.max(height, least[1])]);
+}
+
+/** Show or hide a widget; its value is kept and sent either way. */
+export function showWidget(widget, shown) {
+  widget.hidden = !shown;
+  if (widget.options) widget.options.hidden = !shown;
+  if (window.comfyAPI || shown === (widget.type !== HIDDEN)) return;
+  if (shown) {
+    [widget.type, widget.computeSize] = widget.gcfgShown;
+  } else {
+    widget.gcfgShown = [widget.type, widget.computeSize];
+    [widget.type, widget.computeSize] = [HIDDEN, () => [0, -4]];
+  }
+}
+
+/** Show what was changed: the canvas looks again by itself, Vue nodes are told. */
+export function drawAgain(node) {
+  node.graph?.trigger?.("node:slot-label:changed", { nodeId: node.id });
+  node.graph?.setDirtyCanvas?.(true, true);
 }
 
 /** The node of an id in a prompt: "7", or "12:7" for node 7 inside the subgraph node 12. */

@@ -1,5 +1,7 @@
 // Sockets for terms: as many as are used and one more, named after what is connected.
 
+import { drawAgain, fitSize } from "./nodes.mjs";
+
 const TERMS = "GCFG_TERMS";
 const COLOURS = { GCFG_TERMS: "#e0a03c", GCFG_REPORT: "#5fb3a1" };
 const MOST = 8;
@@ -11,6 +13,7 @@ export function fitSockets(node) {
   const sockets = (node.inputs ?? []).filter(number);
   const last = Math.max(0, ...sockets.filter((input) => input.link != null).map(number));
   const wanted = Math.min(last + 1, MOST);
+  const size = [...node.size]; // changing sockets resets it
   for (let index = node.inputs.length - 1; index >= 0; index--) {
     if (number(node.inputs[index]) > wanted) node.removeInput(index);
   }
@@ -18,15 +21,22 @@ export function fitSockets(node) {
   for (let next = 1; next <= wanted; next++) {
     if (!present.has(next)) node.addInput(`term_${next}`, TERMS, { shape: 7 }); // 7: drawn as optional
   }
+  const more = wanted - sockets.length;
+  if (more) fitSize(node, node.gcfgSize ?? [size[0], size[1] + more * LiteGraph.NODE_SLOT_HEIGHT]);
+  delete node.gcfgSize;
 }
 
 /** Show on each socket the label of the term that is connected to it. */
 export function nameSockets(node) {
-  for (const input of node.inputs ?? []) {
+  for (const [index, input] of (node.inputs ?? []).entries()) {
     if (!number(input)) continue;
     const names = input.link == null ? [] : namesBehind(node.graph, input.link);
     const label = names.length ? `${number(input)} ${names.join(" + ")}` : undefined;
-    if (input.label !== label) input.label = label;
+    if (input.label !== label) {
+      input.label = label;
+      if (LiteGraph.vueNodesMode) node.inputs[index] = new input.constructor(input, node); // Vue looks at new ones only
+      drawAgain(node);
+    }
   }
 }
 
@@ -46,12 +56,17 @@ function namesBehind(graph, linkId, depth = 0) {
   return names;
 }
 
-/** Give the links of the pack's types colours of their own. */
+/** Give the links and sockets of the pack's types colours of their own, which a user's palette may override. */
 export function colourLinks(app) {
-  for (const [type, colour] of Object.entries(COLOURS)) {
-    const onLinks = app.canvas?.constructor?.link_type_colors;
-    if (onLinks) onLinks[type] = colour;
-    if (app.canvas?.default_connection_color_byType) app.canvas.default_connection_color_byType[type] = colour;
-    document.documentElement.style.setProperty(`--color-datatype-${type}`, colour); // Vue nodes
+  const own = Object.entries(COLOURS);
+  for (const colours of [app.canvas?.constructor?.link_type_colors, app.canvas?.default_connection_color_byType]) {
+    for (const [type, colour] of colours ? own : []) {
+      let used = colour;
+      // A palette that does not know the type sets it to nothing.
+      Object.defineProperty(colours, type, { get: () => used, set: (value) => (used = value || colour), enumerable: true });
+    }
   }
+  const style = document.createElement("style"); // for Vue nodes
+  style.textContent = `:root { ${own.map(([type, colour]) => `--color-datatype-${type}: ${colour};`).join(" ")} }`;
+  document.head.append(style);
 }

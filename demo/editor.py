@@ -1,0 +1,172 @@
+"""Drive ComfyUI's graph editor in a real headless Chromium, as a user would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
+
+from .errors import DemoError
+from .server import Server
+
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+_READY = """() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.GCFGKSampler
+  && (!window.app.extensionManager || window.app.extensionManager.workflow?.activeWorkflow)"""
+_IDS = "() => window.app.graph._nodes.map((node) => `${node.id} ${node.type}`).sort()"
+
+
+class Editor:
+    """One browser page with the editor of a running server. Use it as a context manager.
+
+    Attributes:
+        page: Playwright's page.
+        errors: uncaught errors of the page, and failed requests, since `errors.clear()`.
+        load_seconds: how long the editor took to be ready.
+
+    Args:
+        server: the ComfyUI, running.
+        profile: an empty folder for the browser's profile.
+        vue: whether nodes are drawn by Vue (newer editors) and not on the canvas.
+        size: of the window in pixels.
+    """
+
+    def __init__(self, server: Server, profile: Path, vue: bool = False, size: tuple[int, int] = (1600, 1000)) -> None:
+        self.server, self.profile, self.vue, self.size = server, profile, vue, size
+        self.errors: list[str] = []
+        self.load_seconds = 0.0
+        self.page: Page
+        self._playwright: Playwright | None = None
+        self._browser: BrowserContext | None = None
+
+    def __enter__(self) -> Editor:
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        if chromium is None:
+            raise DemoError("No Chromium found: install Debian's package chromium, or Google Chrome.")
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": self.vue}
+        file = self.server.work / "user" / "default" / "comfy.settings.json"
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        self._playwright = sync_playwright().start()
+        try:
+            width, height = self.size
+            self._browser = self._playwright.chromium.launch_persistent_context(
+                self.profile,
+                executable_path=chromium,
+                headless=True,
+                args=_FLAGS,
+                viewport={"width": width, "height": height},
+                permissions=["clipboard-read", "clipboard-write"],
+            )
+            self.page = self._browser.pages[0]
+            self._listen()
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the browser."""
+        if self._browser is not None:
+            self._browser.close()
+        if self._playwright is not None:
+            self._playwright.stop()
+
+    def open(self) -> None:
+        """Load the page and wait until the editor has loaded its default graph."""
+        begin = time.monotonic()
+        self.page.goto(self.server.client.url, timeout=120_000)
+        self.page.wait_for_function(_READY, timeout=120_000)
+        self.load_seconds = time.monotonic() - begin
+        self.page.wait_for_timeout(1500)  # the default graph, dialogs and panels come after it says that it is ready
+        self.page.keyboard.press("Escape")
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        """The value of a JavaScript function in the page."""
+        return self.page.evaluate(script, argument)
+
+    def wait_for(self, script: str, argument: Any = None, seconds: float = 20) -> None:
+        """Wait until a JavaScript function gives something true."""
+        self.page.wait_for_function(script, arg=argument, timeout=seconds * 1000)
+
+    def drop(self, file: Path) -> None:
+        """Drop a workflow file onto the canvas and wait until its nodes are there."""
+        workflow = json.loads(file.read_text(encoding="utf-8"))
+        expected = sorted(f"{node['id']} {node['type']}" for node in workflow["nodes"])
+        tools = self.page.context.new_cdp_session(self.page)
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        where = {"x": self.size[0] // 2, "y": self.size[1] * 3 // 4}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            tools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+        self.wait_for(f"(expected) => JSON.stringify(({_IDS})()) === JSON.stringify(expected)", expected)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give the editor's deferred work and animations time to end."""
+        self.page.wait_for_timeout(400)
+
+    def prompt(self) -> dict[str, Any]:
+        """The graph in API form, as the editor would queue it."""
+        found = self.evaluate("async () => JSON.parse(JSON.stringify((await window.app.graphToPrompt()).output))")
+        return dict(found)
+
+    def run(self, during: Callable[[], None] = lambda: None, seconds: float = 180) -> dict[str, Any]:
+        """Queue the graph with the editor's own button and wait for its end; returns its history entry.
+
+        Args:
+            during: called again and again while it runs.
+            seconds: how long to wait.
+
+        Raises:
+            DemoError: if the server refuses the prompt, or does not finish in time.
+        """
+        button = self.page.locator("#queue-button")  # newer editors keep this one, hidden
+        if not button.is_visible():
+            button = self.page.get_by_role("button", name="Run", exact=True).first
+        with self.page.expect_response(
+            lambda r: r.url.endswith("/prompt") and r.request.method == "POST", timeout=30_000
+        ) as queued:
+            button.click()
+        answer = queued.value.json()
+        if answer.get("node_errors") or "prompt_id" not in answer:
+            raise DemoError(f"ComfyUI refused the prompt: {answer}")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            during()
+            entry = self.server.client.history(answer["prompt_id"])
+            if entry:
+                self.settle()
+                return entry
+            self.page.wait_for_timeout(50)
+        raise DemoError(f"The prompt did not end within {seconds:.0f} s.")
+
+    def _listen(self) -> None:
+        self.page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
+        self.page.on("dialog", lambda dialog: dialog.dismiss())
+        self.page.on(
+            "response",
+            lambda response: (
+                self.errors.append(f"{response.status} {response.url}")
+                if response.status >= 400 and "gcfg" in response.url.lower()
+                else None
+            ),
+        )
