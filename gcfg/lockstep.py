@@ -42,7 +42,7 @@ def run_in_step(
     Raises:
         Whatever a job or `answer` raises; the other jobs are ended first.
     """
-    start = _RandomState.take(device)
+    start = RandomState.take(device)
     running = [_Job(job, start) for job in jobs]
     try:
         for job in running:
@@ -63,7 +63,7 @@ class _Job(Generic[Q, A, R]):
     question: Q
     result: R
 
-    def __init__(self, work: Callable[[Callable[[Q], A]], R], random: _RandomState) -> None:
+    def __init__(self, work: Callable[[Callable[[Q], A]], R], random: RandomState) -> None:
         self.ended = False
         self._answer: Any = None  # of type A, once there is one
         self._error: BaseException | None = None
@@ -124,21 +124,29 @@ class _Job(Generic[Q, A, R]):
         return answer
 
 
-class _RandomState:
-    """States of the global generators, which some solvers draw their noise from."""
+class RandomState:
+    """The state of the global generators, which some solvers draw their noise from.
+
+    Args:
+        device: the device whose generator counts, besides the CPU's.
+        states: of the CPU's generator, and of the device's if it is a GPU.
+    """
 
     def __init__(self, device: torch.device | None, states: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         self._device, self._states = device, states
 
     @classmethod
-    def take(cls, device: torch.device | None) -> _RandomState:
+    def take(cls, device: torch.device | None) -> RandomState:
+        """The state now."""
         cuda = device if device is not None and device.type == "cuda" else None
         return cls(cuda, (torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)))
 
-    def taken_again(self) -> _RandomState:
+    def taken_again(self) -> RandomState:
+        """The state of the same generators now."""
         return self.take(self._device)
 
     def restore(self) -> None:
+        """Put the generators back to this state."""
         torch.set_rng_state(self._states[0])
         if self._states[1] is not None:
             assert self._device is not None

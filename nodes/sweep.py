@@ -11,6 +11,7 @@ import torch
 
 from ..gcfg.errors import GuidanceError
 from ..gcfg.sweep import SweptTerm, cell_terms, find_term, parse_weights
+from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
 from .runtime.ksampler import sample_latent
 from .runtime.sweep import SweepGuider
@@ -86,13 +87,7 @@ class GCFGWeightSweep:
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Sample all cells, decode them and lay them out."""
         terms = gather_terms(sockets)
-        swept = []
-        for number, label, weights in ((1, label_1, weights_1), (2, label_2, weights_2)):
-            if number == 1 or label.strip():
-                index = find_term(terms, label, f"{_NODE}: label_{number}")
-                swept.append(SweptTerm(index, label.strip(), parse_weights(weights, f"{_NODE}: weights_{number}")))
-        if len(swept) > 1 and swept[0].index == swept[1].index:
-            raise GuidanceError(f"{_NODE}: label_1 and label_2 are both '{label_1}', expected two terms; change one.")
+        swept = _swept_terms(terms, (label_1, weights_1), (label_2, weights_2))
         guider = SweepGuider(model, unconditional, cell_terms(terms, swept), _NODE, cells_at_once)
         latent = sample_latent(
             guider,
@@ -111,6 +106,22 @@ class GCFGWeightSweep:
         each = len(images) // (len(columns) * len(rows))
         sheets = [labelled_sheet(images[number::each], columns, rows) for number in range(each)]
         return torch.cat(sheets), images, latent
+
+
+def _swept_terms(terms: tuple[GuidanceTerm, ...], *lists: tuple[str, str]) -> list[SweptTerm]:
+    """The swept terms of the (label, weights) widgets; only the second label may be empty."""
+    if not terms:
+        return []  # the guider says so
+    swept = []
+    for number, (label, weights) in enumerate(lists, start=1):
+        if number == 1 or label.strip():
+            index = find_term(terms, label, f"{_NODE}: label_{number}")
+            swept.append(SweptTerm(index, label.strip(), parse_weights(weights, f"{_NODE}: weights_{number}")))
+    if len(swept) > 1 and swept[0].index == swept[1].index:
+        raise GuidanceError(
+            f"{_NODE}: label_1 and label_2 are both '{swept[0].label}', expected two terms; change one."
+        )
+    return swept
 
 
 NODES = [("GCFGWeightSweep", "Weight Sweep", GCFGWeightSweep)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...gcfg.lockstep import run_in_step
+from ...gcfg.lockstep import RandomState, run_in_step
 from ...gcfg.plan import ActiveTerm, GuidancePlan
 from ...gcfg.terms import GuidanceTerm
 from .guider import GCFGGuider
@@ -80,15 +80,18 @@ class _EachCell(comfy.samplers.Sampler):
     ) -> Tensor:
         """Sample every cell from the same noise."""
         plans = [self.guider.step_plan.with_weights(weights) for weights in self.guider.cells]
-        total = len(plans) * (len(sigmas) - 1)
+        total, done = len(plans) * (len(sigmas) - 1), 0
+        random = RandomState.take(noise.device)
         results: list[Tensor] = []
         with tqdm(total=total, disable=disable_pbar) as bar:
 
             def step(i: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+                nonlocal done
+                done += 1
                 bar.update()
                 # One preview a round: decoding every cell's would cost more than it shows.
-                if callback is not None and (bar.n % len(chunk.plans) == 0 or bar.n == total):
-                    callback(bar.n - 1, denoised, x, total)
+                if callback is not None and (done % len(chunk.plans) == 0 or done == total):
+                    callback(done - 1, denoised, x, total)
 
             def sample_cell(ask: Callable[[_Question], Tensor]) -> Tensor:
                 args = {**extra_args, "model_options": dict(extra_args.get("model_options", {}))}
@@ -97,6 +100,7 @@ class _EachCell(comfy.samplers.Sampler):
 
             for first in range(0, len(plans), self.guider.at_once):
                 chunk = _Chunk(model_wrap, plans[first : first + self.guider.at_once])
+                random.restore()  # every cell draws the numbers of a run alone, whichever chunk it is in
                 results += run_in_step([sample_cell] * len(chunk.plans), chunk.answer, noise.device)
         return torch.cat(results)
 

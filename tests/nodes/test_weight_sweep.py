@@ -1,0 +1,517 @@
+"""Weight Sweep: every cell is the GCFG KSampler's run with its weights, at less than the cost of as many runs."""
+
+import builtins
+import sys
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from comfyui_gcfg.demo.models import vae_state_dict
+from comfyui_gcfg.gcfg.curves import WeightCurve
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+
+# Cells are evaluated in one batch, a run alone is not: a UNet rounds batches of other sizes differently, about 1e-6 a
+# call, and steps and weights amplify that.
+BATCHED = 1e-4
+
+
+class Greys:
+    """A VAE whose pictures are flat: the first value of each latent as a grey."""
+
+    def decode(self, samples):
+        return samples[:, 0, 0, 0].float().sigmoid()[:, None, None, None].expand(-1, 24, 16, 3)
+
+
+@pytest.fixture
+def sweep(comfy):
+    """The three outputs of the node; widgets by name."""
+    from comfyui_gcfg.nodes.sweep import GCFGWeightSweep
+
+    def run(model, unconditional, terms, latent, weights_1="0, 3", weights_2="1.5, -1", **widgets):
+        values = {"seed": 1, "steps": 4, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0}
+        values |= {"label_1": "a", "label_2": "b", "cells_at_once": 8, "vae": Greys(), **widgets}
+        return GCFGWeightSweep().sweep(
+            model,
+            unconditional=unconditional,
+            latent_image=latent,
+            weights_1=weights_1,
+            weights_2=weights_2,
+            term_1=tuple(terms),
+            **values,
+        )
+
+    return run
+
+
+@pytest.fixture
+def calls():
+    """What the exact models were asked: (name, batch)."""
+    return []
+
+
+@pytest.fixture
+def exact(calls):
+    """Models whose prediction is elementwise, so that a row's numbers do not depend on the batch that it is in."""
+
+    def make(patcher, name, offset):
+        def denoise(apply_model, args):
+            x, sigma = args["input"], args["timestep"].reshape(-1, 1, 1, 1)
+            calls.append((name, len(x)))
+            variance = 0.09 + sigma**2
+            centre = torch.tanh(x / variance) + offset + args["c"]["c_crossattn"][:, :1, :1, None]
+            return (centre * sigma**2 + x * 0.09) / variance
+
+        clone = patcher.clone()
+        clone.set_model_unet_function_wrapper(denoise)
+        return clone
+
+    return make
+
+
+@pytest.fixture
+def base(exact, prior):
+    return exact(prior, "prior", 0.0)
+
+
+@pytest.fixture
+def terms(exact, concept, prompt):
+    """Term a on the sampler's own model, b on another."""
+    other = exact(concept, "concept", 1.0)
+    return [GuidanceTerm(1.0, conditioning=prompt(1), label="a"), GuidanceTerm(1.0, model=other, label="b")]
+
+
+@pytest.fixture
+def pair():
+    """An empty batch of two."""
+    return {"samples": torch.zeros(2, 4, 8, 8)}
+
+
+def each_cell(terms, weights_1=(0.0, 3.0), weights_2=(1.5, -1.0)):
+    """The terms of each cell, row by row, written out."""
+    for second in weights_2:
+        for first in weights_1:
+            weights = {"a": first, "b": second}
+            yield [replace(term, weight=weights.get(term.label, term.weight)) for term in terms]
+
+
+@pytest.fixture
+def alone(gcfg):
+    """The GCFG KSampler's latents with the weights of each cell, in a row."""
+
+    def run(model, unconditional, cells, latent, **widgets):
+        widgets = {"steps": 4, "scheduler": "karras", **widgets}
+        return torch.cat([gcfg(model, unconditional, cell, latent, **widgets) for cell in cells])
+
+    return run
+
+
+def test_every_sampler(sweep, alone, base, terms, prompt, pair, comfy):
+    """All that this ComfyUI offers: solvers that draw noise, evaluate twice, or choose their own steps."""
+    names = list(comfy.samplers.KSampler.SAMPLERS)
+    assert {"euler_ancestral", "heun", "dpm_adaptive", "dpmpp_3m_sde", "ddpm", "lcm", "uni_pc"} <= set(names)
+    results = set()
+    for name in names:
+        got = sweep(base, prompt(0), terms, pair, sampler_name=name)[2]["samples"]
+        expected = alone(base, prompt(0), each_cell(terms), pair, sampler=name)
+        assert torch.isfinite(got).all(), name
+        assert torch.equal(got, expected), name
+        assert len(got[:, 0, 0, 0].unique()) == 8, f"{name}: four cells of two latents, all different"
+        results.add(tuple(got[:, 0, 0, 0].tolist()))
+    assert len(results) > len(names) / 2, "the solvers differ"
+
+
+def rescale(args):
+    """A `sampler_cfg_function` that looks at a whole prediction, as RescaleCFG does."""
+    cond, uncond, scale = args["cond"], args["uncond"], args["cond_scale"]
+    guided = uncond + scale * (cond - uncond)
+    return 0.3 * guided * cond.std() / guided.std() + 0.7 * guided
+
+
+def again(args):
+    """A post-cfg hook that evaluates the model again."""
+    import comfy.samplers
+
+    (other,) = comfy.samplers.calc_cond_batch(
+        args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
+    )
+    return args["denoised"] + 0.5 * (args["cond_denoised"] - 0.9 * other)
+
+
+def half_mask():
+    mask = torch.zeros(2, 64, 64)
+    mask[0, :, 32:] = 1.0
+    mask[1, :24] = 0.5
+    return mask
+
+
+def hooked(setter, hook):
+    def change(model, terms):
+        getattr(model, setter)(hook)
+        return model, terms
+
+    return change
+
+
+def with_term_a(**changes):
+    return lambda model, terms: (model, [replace(terms[0], **changes), *terms[1:]])
+
+
+def ranged(model, terms):
+    node = sys.modules["nodes"].ConditioningSetTimestepRange()
+    return model, [replace(terms[0], conditioning=node.set_range(terms[0].conditioning, 0.0, 0.5)[0]), terms[1]]
+
+
+def extra_terms(model, terms):
+    return model, [GuidanceTerm(0.5, conditioning=terms[0].conditioning), *terms]
+
+
+RUNS = {
+    "rescale": hooked("set_model_sampler_cfg_function", rescale),
+    "hook that evaluates": hooked("set_model_sampler_post_cfg_function", again),
+    "interval": with_term_a(start_percent=0.3, end_percent=0.8),
+    "curve": with_term_a(curve=WeightCurve("cosine", -2.0)),
+    "curve in an interval": with_term_a(curve=WeightCurve("linear", 5.0), end_percent=0.6),
+    "mask": with_term_a(mask=half_mask()),
+    "range of the conditioning": ranged,
+    "a term that is not swept": extra_terms,
+}
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpm_2_ancestral"])
+@pytest.mark.parametrize("change", RUNS)
+def test_terms_and_hooks_act_in_each_cell_as_alone(sweep, alone, base, terms, prompt, pair, change, sampler):
+    plain = alone(base, prompt(0), each_cell(terms), pair, sampler=sampler)
+    model, terms = RUNS[change](base, terms)
+    got = sweep(model, prompt(0), terms, pair, sampler_name=sampler, cells_at_once=3)[2]["samples"]
+    expected = alone(model, prompt(0), each_cell(terms), pair, sampler=sampler)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_sde", "uni_pc"])
+@pytest.mark.parametrize("kind", ["img2img", "noise_mask", "mask for each", "batch_index", "nothing to denoise"])
+def test_latents(sweep, alone, base, terms, prompt, sampler, kind):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    latent, denoise = {"samples": image}, 1.0
+    if kind == "img2img":
+        denoise = 0.5
+    elif kind == "nothing to denoise":
+        denoise = 0.0
+    elif kind == "batch_index":
+        latent["batch_index"] = [3, 1]
+    else:
+        latent["noise_mask"] = half_mask().ceil()[: 1 if kind == "noise_mask" else 2]
+    kept = {name: value.clone() if hasattr(value, "clone") else list(value) for name, value in latent.items()}
+    out = sweep(base, prompt(0), terms, latent, sampler_name=sampler, denoise=denoise)[2]
+    expected = alone(base, prompt(0), each_cell(terms), latent, sampler=sampler, denoise=denoise)
+    assert torch.equal(out["samples"], expected)
+    assert "batch_index" not in out, "it counted the batch of one cell"
+    assert latent.keys() == kept.keys(), "the input is as it was"
+    assert all(bool((torch.as_tensor(latent[name]) == torch.as_tensor(kept[name])).all()) for name in kept)
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_real_models(sweep, alone, prior, concept, prompt, pair, at_once):
+    """One cell at a time makes the very calls of a run alone; all at once, the same in larger batches."""
+    terms = [
+        GuidanceTerm(1.0, conditioning=prompt(1), label="a"),
+        GuidanceTerm(1.0, model=concept, conditioning=prompt(2), label="b"),
+    ]
+    got = sweep(
+        prior, prompt(0), terms, pair, "2", "1, -1", steps=2, sampler_name="euler_ancestral", cells_at_once=at_once
+    )[2]["samples"]
+    cells = list(each_cell(terms, (2.0,), (1.0, -1.0)))
+    expected = alone(prior, prompt(0), cells, pair, steps=2, sampler="euler_ancestral")
+    if at_once == 1:
+        assert torch.equal(got, expected)
+    error = float((got - expected).abs().max() / expected.abs().max())
+    assert error < BATCHED
+    assert not torch.allclose(expected[:2], expected[2:], rtol=0.1), "the cells differ"
+
+
+# --- the cost ---
+
+
+def test_first_step_is_shared_then_one_call_per_model(sweep, base, terms, prompt, pair, calls):
+    sweep(base, prompt(0), terms, pair, "1, 2, 3", "2, 4")
+    # Batch 2: the first step once for all six cells; the prior gives a's prediction and the unconditional one.
+    assert calls == [("concept", 2), ("prior", 4)] + [("concept", 12), ("prior", 24)] * 3
+
+
+def test_calls_of_real_models(sweep, prior, concept, prompt, latent, count_forwards):
+    calls = count_forwards(prior, concept)
+    terms = [GuidanceTerm(1.0, conditioning=prompt(1), label="a"), GuidanceTerm(1.0, model=concept, label="b")]
+    sweep(prior, prompt(0), terms, latent, "1, 2", "2, 4", steps=2)
+    unets = id(concept.model.diffusion_model), id(prior.model.diffusion_model)
+    assert calls == list(zip(unets * 2, (1, 2, 4, 8), strict=True))
+
+
+def test_chunks_share_within_themselves(sweep, base, terms, prompt, latent, calls):
+    sweep(base, prompt(0), terms, latent, "1, 2, 3", "2", cells_at_once=2)
+    two, one = [("concept", 2), ("prior", 4)], [("concept", 1), ("prior", 2)]
+    assert calls == one + two * 3 + one * 4
+
+
+def test_weight_zero_is_not_evaluated(sweep, base, terms, prompt, latent, calls):
+    sweep(base, prompt(0), terms, latent, "0, 0, 3", "0", steps=2)
+    # Two cells are the unconditional model alone, and stay one; the other has a second prediction.
+    assert "concept" not in {name for name, _ in calls}
+    assert sum(batch for _, batch in calls) == (1 + 1) + (2 + 1)
+
+
+def test_unconditional_is_not_evaluated_where_weights_sum_to_one(sweep, base, terms, prompt, latent, calls):
+    sweep(base, prompt(0), terms, latent, "-0.5, 0", "1.5", steps=2)
+    first = ("concept", 1), ("prior", 2)  # the first cell wants a, the second the unconditional prediction
+    assert calls[:2] == list(first) or calls[:3] == [("concept", 1), ("prior", 1), ("prior", 1)]
+    assert sum(batch for name, batch in calls if name == "prior") == 2 + 2
+    assert sum(batch for name, batch in calls if name == "concept") == 1 + 2
+
+
+def test_cells_share_until_an_interval_begins(sweep, alone, base, terms, prompt, latent, calls, comfy):
+    """Four steps, of which the last is in the interval of a; b has two weights from the start."""
+    sampling = base.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4).tolist()
+    inside = [sigma <= float(sampling.percent_to_sigma(0.7)) for sigma in sigmas[:-1]]
+    assert inside == [False, False, False, True]
+    terms = [replace(terms[0], start_percent=0.7), terms[1]]
+    got = sweep(base, prompt(0), terms, latent, "1, 2, 3, 4", "2, 4", scheduler="normal", cells_at_once=8)
+    # From the second step on the cells of one b are one until a begins, when they share for the last time.
+    before = [("concept", 1), ("prior", 1), ("concept", 2), ("prior", 2), ("concept", 2), ("prior", 2)]
+    assert calls == [*before, ("concept", 2), ("prior", 4)]
+    cells = each_cell(terms, (1.0, 2.0, 3.0, 4.0), (2.0, 4.0))
+    assert torch.equal(got[2]["samples"], alone(base, prompt(0), cells, latent, scheduler="normal"))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 400])
+def test_chunks_change_nothing(sweep, base, terms, prompt, pair, at_once):
+    run = {"sampler_name": "euler_ancestral", "steps": 3}
+    expected = sweep(base, prompt(0), terms, pair, "0, 1, 2", "2, 4", **run)[2]["samples"]
+    got = sweep(base, prompt(0), terms, pair, "0, 1, 2", "2, 4", **run, cells_at_once=at_once)[2]["samples"]
+    assert torch.equal(got, expected)
+
+
+def test_models_are_asked_to_fit_the_batch_of_all_cells(sweep, base, terms, prompt, pair, comfy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        base.model, "memory_required", lambda input_shape, *_, **__: asked.append(tuple(input_shape)) or 0
+    )
+    sweep(base, prompt(0), terms, pair, "1, 2, 3", "2, 4", cells_at_once=4)
+    assert max(shape[0] for shape in asked) >= 4 * 2
+
+
+def test_progress_goes_over_all_cells(sweep, base, terms, prompt, latent, monkeypatch):
+    from comfyui_gcfg.nodes.runtime import ksampler
+
+    seen = []
+    monkeypatch.setattr(
+        ksampler.latent_preview,
+        "prepare_callback",
+        lambda *_, **__: lambda step, denoised, x, total: seen.append((step + 1, total)),
+    )
+    sweep(base, prompt(0), terms, latent, "1, 2, 3", cells_at_once=4, label_2="")
+    assert seen == [(3, 12), (6, 12), (9, 12), (12, 12)]
+
+
+# --- what comes out ---
+
+
+def test_images_and_sheet(sweep, base, terms, prompt, pair, comfy):
+    """Two rows of three cells through a real VAE: each picture is found on its sheet, and the labels beside it."""
+    vae = comfy.sd.VAE(sd={key: value.clone() for key, value in vae_state_dict().items()})
+    sheets, images, latent = sweep(base, prompt(0), terms, pair, "-1, 1.5, 3", "2, 10", vae=vae)
+    assert images.shape == (12, 64, 64, 3)
+    assert torch.equal(images, vae.decode(latent["samples"]))
+    assert sheets.shape[0] == 2, "one for each latent of the batch"
+    for number, sheet in enumerate(sheets):
+        places = [find(sheet, image) for image in images[number::2]]
+        ys, xs = sorted({y for y, _ in places}), sorted({x for _, x in places})
+        assert places == [(y, x) for y in ys for x in xs], "row by row"
+        assert len(ys) == 2
+        assert len(xs) == 3
+        assert min(b - a for line in (ys, xs) for a, b in pairwise(line)) > 64
+        assert all(inked(sheet[: ys[0], x : x + 64]) for x in xs)
+        assert all(inked(sheet[y : y + 64, : xs[0]]) for y in ys)
+        assert not inked(sheet[: ys[0], : xs[0]])
+
+
+def find(sheet, image):
+    """Where a picture is on a sheet, to the pixel: (y, x) of its one place."""
+    height, width = image.shape[:2]
+    pixels, wanted = (sheet * 255).round(), (image.clamp(0, 1) * 255).round()
+    windows = pixels.unfold(0, height, 1).unfold(1, width, 1)  # (y, x, 3, height, width)
+    found = (windows[:, :, :, 0, 0] == wanted[0, 0]).all(-1).nonzero().tolist()
+    (place,) = [(y, x) for y, x in found if torch.equal(pixels[y : y + height, x : x + width], wanted)]
+    return place
+
+
+def inked(part):
+    return bool((part.amax(-1) < 0.4).any())
+
+
+def test_labels_name_the_weights(sweep, base, terms, prompt, latent, monkeypatch):
+    from comfyui_gcfg.nodes import sweep as module
+
+    asked = []
+    monkeypatch.setattr(module, "labelled_sheet", lambda images, *labels: asked.append(labels) or torch.zeros(1, 1))
+    sweep(base, prompt(0), terms, latent, "0:1:0.5", "-2", label_1=" a ")
+    sweep(base, prompt(0), terms, latent, "0.125", label_1="b", label_2="  ")
+    assert asked == [(["a 0", "a 0.5", "a 1"], ["b -2"]), (["b 0.125"], [""])]
+
+
+@pytest.fixture
+def sheet(comfy):
+    from comfyui_gcfg.nodes.figures import labelled_sheet
+
+    return labelled_sheet
+
+
+def test_labels_stand_at_their_columns_and_rows(sheet):
+    """Exchanging two labels exchanges what is written there, and nothing else."""
+    images = torch.stack([torch.full((40, 60, 3), grey) for grey in (0.5, 0.6, 0.7, 0.8)])
+    one = sheet(images, ["x 1", "x 2"], ["y 3", "y 4"])[0]
+    (top, left), (_, second) = find(one, images[0]), find(one, images[1])
+    (below, _) = find(one, images[2])
+    columns = sheet(images, ["x 2", "x 1"], ["y 3", "y 4"])[0]
+    assert torch.equal(one[:top, left : left + 60], columns[:top, second : second + 60])
+    assert not torch.equal(one[:top, left : left + 60], columns[:top, left : left + 60])
+    assert torch.equal(one[top:], columns[top:])
+    rows = sheet(images, ["x 1", "x 2"], ["y 4", "y 3"])[0]
+    assert torch.equal(one[top : top + 40, :left], rows[below : below + 40, :left])
+    assert not torch.equal(one[top : top + 40, :left], rows[top : top + 40, :left])
+    assert torch.equal(one[:, left:], rows[:, left:])
+
+
+def test_one_row_without_labels_has_no_margin_for_them(sheet):
+    images = torch.stack([torch.full((40, 60, 3), grey) for grey in (0.5, 0.6)])
+    assert find(sheet(images, ["x 1", "x 2"], [""])[0], images[0])[1] < 10
+
+
+def test_labels_longer_than_a_picture_do_not_overlap(sheet):
+    images = torch.stack([torch.full((16, 16, 3), grey) for grey in (0.5, 0.6)])
+    long = ["a concept of many words 1.5", "a concept of many words 2.5"]
+    got = sheet(images, long, [""])[0]
+    step = find(got, images[1])[1] - find(got, images[0])[1]
+    blank = sheet(images, [long[0], ""], [""])[0]
+    assert inked(blank[:10, :step])
+    assert not inked(blank[:10, step + 10 :]), "the first label ends before the second column"
+
+
+# --- bad input ---
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(GuidanceError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "message"),
+    [
+        (
+            {"label_1": "c"},
+            "Weight Sweep: label_1 is 'c', and no connected term has that label, expected exactly one of 'a', 'b'; "
+            "correct it.",
+        ),
+        (
+            {"label_1": " "},
+            "Weight Sweep: label_1 is ' ', and no connected term has that label, expected exactly one of 'a', 'b'; "
+            "correct it.",
+        ),
+        (
+            {"label_2": "A"},
+            "Weight Sweep: label_2 is 'A', and no connected term has that label, expected exactly one of 'a', 'b'; "
+            "correct it.",
+        ),
+        ({"label_2": "a"}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
+        ({"label_2": " a "}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
+        (
+            {"weights_1": "1, two"},
+            "Weight Sweep: weights_1: 'two', expected a number such as 1.5, or a range such as 0:2:0.25; correct it.",
+        ),
+        (
+            {"weights_2": ""},
+            "Weight Sweep: weights_2 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add "
+            "some.",
+        ),
+        (
+            {"weights_1": "0:2:0.1", "weights_2": "0:2:0.1"},
+            "Weight Sweep: 441 cells, expected at most 400; shorten the lists of weights.",
+        ),
+    ],
+)
+def test_bad_widgets(sweep, base, terms, prompt, latent, calls, widgets, message):
+    assert refused(sweep, base, prompt(0), terms, latent, **widgets) == message
+    assert calls == []
+
+
+def test_bad_terms(sweep, base, terms, prompt, latent):
+    twice = [terms[0], replace(terms[1], label="a")]
+    assert refused(sweep, base, prompt(0), twice, latent, label_2="") == (
+        "Weight Sweep: label_1 is 'a', and 2 connected terms have that label, expected exactly one of 'a', 'a'; give "
+        "each Guidance Term its own label."
+    )
+    points = [replace(terms[0], curve=WeightCurve("points", points=((0.0, 1.0),))), terms[1]]
+    assert refused(sweep, base, prompt(0), points, latent) == (
+        "Weight Sweep: label_1 is 'a', whose weight follows a list of points, expected a constant, linear or cosine "
+        "curve whose weight can be replaced; choose another curve there."
+    )
+
+
+def test_no_term(sweep, base, prompt, latent):
+    assert refused(sweep, base, prompt(0), [], latent) == (
+        "Weight Sweep: no guidance term is connected, expected at least one; connect the terms output of a Guidance "
+        "Term node to term_1."
+    )
+
+
+def test_errors_of_a_run_name_this_node(sweep, base, terms, prompt):
+    image = {"samples": torch.ones(1, 16, 8, 8)}
+    assert refused(sweep, base, prompt(0), terms, image) == (
+        "Weight Sweep: latent_image has 16 channels, expected 4 as the unconditional model works with; encode the "
+        "image with the VAE of this model."
+    )
+
+
+# --- what remains after a failure ---
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyboardInterrupt", "InterruptProcessingException"])
+@pytest.mark.parametrize("where", ["model", "preview"])
+def test_a_failure_leaves_nothing_behind(sweep, base, terms, prompt, latent, comfy, monkeypatch, calls, error, where):
+    from comfyui_gcfg.nodes.runtime import ksampler
+
+    interruption = sys.modules.get("comfy.interruption", comfy.model_management)
+    kind = getattr(builtins, error, None) or getattr(interruption, error)
+    run = {"weights_1": "1, 2, 3", "sampler_name": "euler_ancestral"}
+    expected = sweep(base, prompt(0), terms, latent, **run)[2]["samples"]
+    patchers = base, terms[1].model
+    states = [{k: v.clone() for k, v in p.model.state_dict().items()} for p in patchers]
+    options = [dict(p.model_options["transformer_options"]) for p in patchers]
+    before = set(threading.enumerate())
+
+    def fail(*_args, **_kwargs):
+        raise kind
+
+    with monkeypatch.context() as patch:
+        if where == "preview":  # in a cell's own thread
+            patch.setattr(ksampler.latent_preview, "prepare_callback", lambda *_, **__: fail)
+        else:  # between the steps, in the main thread
+            count = len(calls)
+            own = base.model_options["model_function_wrapper"]
+            patch.setitem(
+                base.model_options,
+                "model_function_wrapper",
+                lambda apply, args: fail() if len(calls) > count + 4 else own(apply, args),
+            )
+        with pytest.raises(kind):
+            sweep(base, prompt(0), terms, latent, **run)
+    assert set(threading.enumerate()) <= before
+    for patcher, state, option in zip(patchers, states, options, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in patcher.model.state_dict().items())
+        assert patcher.model_options["transformer_options"] == option
+        assert getattr(patcher.model, "current_patcher", None) is None
+    assert torch.equal(sweep(base, prompt(0), terms, latent, **run)[2]["samples"], expected)
