@@ -15,6 +15,7 @@ from ..gcfg.errors import GuidanceError
 
 _PAPER, _INK = (250, 250, 248), (28, 28, 28)
 _GAP = 6
+_LABEL = 40  # characters
 
 
 def report_figure(report: GuidanceReport) -> Tensor:
@@ -39,18 +40,19 @@ def report_figure(report: GuidanceReport) -> Tensor:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2 if between else 1, sharex=True, squeeze=False, height_ratios=[3, 2] if between else [1])
     pull, evaluations = axes[0, 0], range(1, len(report.readings) + 1)
-    for number, label in enumerate(report.labels):
-        values = numpy.array([r.pulls[number] if r.weights[number] else numpy.nan for r in report.readings])
-        pull.plot(evaluations, values, marker=".", color=f"C{number}", label=label)
-    pull.plot(evaluations, [r.total for r in report.readings], color="black", linestyle="--", label="sum")
+    names = [_plain(label) for label in report.labels]
+    for number, name in enumerate(names):
+        values = _values([r.pulls[number] if r.weights[number] else None for r in report.readings])
+        pull.plot(evaluations, values, marker=".", color=f"C{number}", label=name)
+    pull.plot(evaluations, _values([r.total for r in report.readings]), color="black", linestyle="--", label="sum")
     pull.set_ylabel("pull: |w · delta| / |eps of the centre|")
     pull.set_ylim(bottom=0)
     pull.legend(loc="upper right", fontsize="small")
     if between:
         angle = axes[1, 0]
         for number, (i, j) in enumerate(between):
-            values = numpy.array([r.cosines[number] for r in report.readings], dtype=float)  # None becomes NaN
-            angle.plot(evaluations, values, marker=".", label=f"{report.labels[i]} · {report.labels[j]}")
+            values = _values([r.cosines[number] for r in report.readings])
+            angle.plot(evaluations, values, marker=".", label=f"{names[i]} · {names[j]}")
         angle.axhline(0, color="grey", linewidth=0.8)
         angle.set_ylim(-1.05, 1.05)
         angle.set_ylabel("cosine between terms")
@@ -58,6 +60,16 @@ def report_figure(report: GuidanceReport) -> Tensor:
     axes[-1, 0].set_xlabel(f"evaluation ({report.steps} steps)")
     canvas.draw()
     return _image(numpy.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _values(readings: Sequence[float | None]) -> numpy.ndarray:
+    return numpy.array(readings, dtype=float)  # None becomes NaN, which is not drawn
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib prints as it is: no formula, not hidden for its underscore, not wider than the plot."""
+    label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+    return " " + label.replace("$", r"\$")
 
 
 def labelled_sheet(images: Tensor, columns: Sequence[str], rows: Sequence[str]) -> Tensor:
