@@ -38,7 +38,7 @@ def weight_curve(body: dict[str, Any]) -> dict[str, Any]:
     try:
         weight, start, end = (float(body[name]) for name in ("weight", "start_percent", "end_percent"))
         kind, points = str(body.get("curve", CURVES[0])), str(body.get("points", ""))
-        curve = make_curve(kind, float(body.get("end_weight", 0.0)), points, "weight")
+        curve = make_curve(kind, float(body.get("end_weight", 0.0)), points, "Guidance Term")
         term = GuidanceTerm(weight, start, end, curve=curve)
     except GuidanceError as error:  # before ValueError, of which it is one
         return {"error": str(error)}
