@@ -57,7 +57,9 @@ class Editor:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         if chromium is None:
             raise DemoError("No Chromium found: install Debian's package chromium, or Google Chrome.")
-        settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": self.vue}
+        settings = {"Comfy.TutorialCompleted": True}
+        if self.vue:  # an editor that does not know it reports an error
+            settings["Comfy.VueNodes.Enabled"] = True
         file = self.server.work / "user" / "default" / "comfy.settings.json"
         file.write_text(json.dumps(settings), encoding="utf-8")
         self._playwright = sync_playwright().start()
@@ -161,7 +163,7 @@ class Editor:
 
     def _listen(self) -> None:
         self.page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))
-        self.page.on("dialog", lambda dialog: dialog.dismiss())
+        self.page.on("dialog", lambda d: d.accept() if d.type == "beforeunload" else d.dismiss())
         self.page.on(
             "response",
             lambda response: (

@@ -40,6 +40,9 @@ PROMPTS = {
     "a portrait of an old man with a white beard": "a photo of a digit, five",
     "a portrait of a woman with red hair, wearing glasses": "seven",
     "a photo of face": "a photo of a digit",
+    "4.5 | sunflower\n3 | in Van Gogh style\n-1.5 @0-60% | blurry": (
+        "4.5 | seven\n3 | a photo of a digit, red\n-1.5 @0-60% | a photo of a digit, blue"
+    ),
     "a photo of embedding:ffhq-face": "a photo of a embedding:ffhq-face",
 }
 

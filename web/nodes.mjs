@@ -36,13 +36,11 @@ export function fitSize(node, [width, height]) {
 export function showWidget(widget, shown) {
   widget.hidden = !shown;
   if (widget.options) widget.options.hidden = !shown;
+  if (shown) delete widget.computeSize;
+  else widget.computeSize = () => [0, -4]; // some editors keep its place
   if (window.comfyAPI || shown === (widget.type !== HIDDEN)) return;
-  if (shown) {
-    [widget.type, widget.computeSize] = widget.gcfgShown;
-  } else {
-    widget.gcfgShown = [widget.type, widget.computeSize];
-    [widget.type, widget.computeSize] = [HIDDEN, () => [0, -4]];
-  }
+  if (!shown) widget.gcfgType = widget.type;
+  widget.type = shown ? widget.gcfgType : HIDDEN;
 }
 
 /** Show what was changed: the canvas looks again by itself, Vue nodes are told. */

@@ -6,37 +6,13 @@ import shutil
 
 import numpy
 import pytest
-from comfyui_gcfg.demo import files, models, pictures
+from comfyui_gcfg.demo import files, models
 from comfyui_gcfg.demo.server import Server
 from comfyui_gcfg.demo.workflow import to_prompt
 from PIL import Image
 from safetensors.torch import save_file
 
 LORA = "style-lora.safetensors"
-
-
-@pytest.fixture(scope="session")
-def model_folder(root):
-    """The demo's `models/` folder; made once, then shared with `make demo`."""
-    folder = root / ".cache" / "demo" / "small" / "models"
-    files.make_small_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def work_folder(model_folder, tmp_path_factory):
-    """Make a ComfyUI base folder with the small models and the input pictures."""
-
-    def make(name):
-        work = tmp_path_factory.mktemp(name)
-        for kind in ("checkpoints", "unet", "controlnet", "loras", "embeddings"):
-            (work / "models" / kind).mkdir(parents=True)
-            for path in (model_folder / kind).glob("*.safetensors"):
-                (work / "models" / kind / path.name).symlink_to(path)
-        pictures.write_inputs(work / "input", 64)
-        return work
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ WORKFLOWS = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows
 EXPECTED = {
     "concept-generation",
     "condition-decoupling",
+    "decoupled-prompt",
     "drift-rectification",
     "inpaint-masked-concept",
     "negative-prompts-free-weights",
@@ -23,8 +24,9 @@ EXPECTED = {
     "spatial-guided-controlnet",
     "stylised-control",
     "text-guided-concept",
+    "weight-sweep",
 }
-SAMPLERS = {"GCFGKSampler", "KSampler", "SamplerCustomAdvanced"}
+SAMPLERS = {"GCFGKSampler": 0, "KSampler": 0, "SamplerCustomAdvanced": 0, "GCFGWeightSweep": 2}  # output of latents
 TITLE = 30  # a node's title bar stands above its position
 
 
@@ -80,11 +82,10 @@ def test_keeps_its_own_widget_values(client, load_workflow, name):
     prompt = to_prompt(workflow, client.object_info)
     for node in workflow["nodes"]:
         if node["type"] == "GCFGGuidanceTerm":
-            weight, start, end, label = node["widgets_values"]
+            names = ("weight", "start_percent", "end_percent", "label", "curve", "end_weight", "points")
             inputs = prompt[str(node["id"])]["inputs"]
-            assert (inputs["weight"], inputs["start_percent"], inputs["end_percent"]) == (weight, start, end)
-            assert inputs["label"] == label
-            assert label
+            assert [inputs[name] for name in names] == node["widgets_values"]
+            assert inputs["label"]
         if node["type"] == "GCFGKSampler":
             seed, _, steps, sampler, scheduler, denoise = node["widgets_values"]
             inputs = prompt[str(node["id"])]["inputs"]
@@ -99,13 +100,16 @@ def test_runs_and_makes_finite_changing_images(client, server, api_prompt, pixel
     for node in samplers:  # 8-bit images cannot show a NaN, latents can
         prompt[f"latent-{node}"] = {
             "class_type": "SaveLatent",
-            "inputs": {"samples": [node, 0], "filename_prefix": f"latents/{name}-{node}"},
+            "inputs": {
+                "samples": [node, SAMPLERS[prompt[node]["class_type"]]],
+                "filename_prefix": f"latents/{name}-{node}",
+            },
         }
     run = client.run(prompt)
     assert len(run.images) == len(samplers)
     images = [pixels(run, i) for i in range(len(run.images))]
     for image in images:
-        assert image.shape[1] == 64
+        assert image.shape[1] == 64 or name == "weight-sweep"
         assert image.std() > 4
     for a, b in itertools.combinations(images, 2):  # side by side: they must not be the same picture
         assert numpy.abs(a.astype(int) - b).mean() > 1
