@@ -87,6 +87,10 @@ class GCFGWeightSweep:
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Sample all cells, decode them and lay them out."""
         terms = gather_terms(sockets)
+        if vae is None:  # now, not after all cells were sampled
+            raise GuidanceError(
+                f"{_NODE}: vae is empty, expected a VAE; the checkpoint holds none, so connect a Load VAE node."
+            )
         swept = _swept_terms(terms, (label_1, weights_1), (label_2, weights_2))
         guider = SweepGuider(model, unconditional, cell_terms(terms, swept), _NODE, cells_at_once)
         latent = sample_latent(

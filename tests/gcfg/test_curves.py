@@ -8,6 +8,8 @@ from comfyui_gcfg.gcfg.curves import CONSTANT, CURVES, WeightCurve, make_curve, 
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import GuidancePlan
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NAN, INF = float("nan"), float("inf")
 
@@ -131,6 +133,18 @@ def test_points_that_cannot_be_read(text, message):
     with pytest.raises(GuidanceError) as error:
         make_curve("points", 0.0, text, "Guidance Term 'style'")
     assert str(error.value) == f"Guidance Term 'style': {message}"
+
+
+@settings(deadline=None)
+@given(st.text() | st.lists(st.sampled_from([*"0123456789.:,-+e_% \n", "nan", "inf", "1e400", "0: 1"])).map("".join))
+def test_any_points_are_read_or_refused(text):
+    try:
+        points = parse_points(text, "Guidance Term")
+    except GuidanceError:
+        return
+    percents = [percent for percent, _ in points]
+    assert percents == sorted(set(percents))
+    assert all(0.0 <= percent <= 1.0 and math.isfinite(weight) for percent, weight in points)
 
 
 def test_curve_of_the_widgets():

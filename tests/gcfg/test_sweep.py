@@ -1,5 +1,6 @@
 """Which cells a weight sweep has, and how its lists are typed."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,6 +8,8 @@ from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.sweep import MAX_CELLS, SweptTerm, cell_terms, find_term, parse_weights
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NAME = "Weight Sweep: weights_1"
 
@@ -64,6 +67,17 @@ def test_a_range_of_too_many_weights(part):
     assert refused(parse_weights, part, NAME) == (
         f"Weight Sweep: weights_1: '{part}' is more than 400 weights, expected fewer; take a larger step."
     )
+
+
+@settings(deadline=None)
+@given(st.text() | st.lists(st.sampled_from([*"0123456789.:,-+e_ ", "nan", "inf", "1e400", "0.1"])).map("".join))
+def test_any_list_is_read_or_refused(text):
+    try:
+        weights = parse_weights(text, NAME)
+    except GuidanceError:
+        return
+    assert weights
+    assert all(map(math.isfinite, weights))
 
 
 def terms(*labels):

@@ -293,13 +293,20 @@ def test_chunks_change_nothing(sweep, base, terms, prompt, pair, at_once):
     assert torch.equal(got, expected)
 
 
-def test_models_are_asked_to_fit_the_batch_of_all_cells(sweep, base, terms, prompt, pair, comfy, monkeypatch):
+def test_models_are_loaded_with_room_for_all_cells(sweep, alone, base, terms, prompt, pair, calls, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        base.model, "memory_required", lambda input_shape, *_, **__: asked.append(tuple(input_shape)) or 0
-    )
+
+    def memory_required(input_shape, *_, **__):
+        if not calls:  # before the first evaluation, that is
+            asked.append(input_shape[0])
+        return 0
+
+    monkeypatch.setattr(base.model, "memory_required", memory_required)
+    alone(base, prompt(0), [terms], pair)
+    one = max(asked)
+    calls.clear()
     sweep(base, prompt(0), terms, pair, "1, 2, 3", "2, 4", cells_at_once=4)
-    assert max(shape[0] for shape in asked) >= 4 * 2
+    assert max(asked) == 4 * one
 
 
 def test_progress_goes_over_all_cells(sweep, base, terms, prompt, latent, monkeypatch):
@@ -459,6 +466,13 @@ def test_bad_terms(sweep, base, terms, prompt, latent):
         "Weight Sweep: label_1 is 'a', whose weight follows a list of points, expected a constant, linear or cosine "
         "curve whose weight can be replaced; choose another curve there."
     )
+
+
+def test_without_a_vae_nothing_is_sampled(sweep, base, terms, prompt, latent, calls):
+    assert refused(sweep, base, prompt(0), terms, latent, vae=None) == (
+        "Weight Sweep: vae is empty, expected a VAE; the checkpoint holds none, so connect a Load VAE node."
+    )
+    assert calls == []
 
 
 def test_no_term(sweep, base, prompt, latent):
