@@ -47,7 +47,7 @@ def report_figure(report: GuidanceReport) -> Tensor:
     pull.plot(evaluations, _values([r.total for r in report.readings]), color="black", linestyle="--", label="sum")
     pull.set_ylabel("pull: |w · delta| / |eps of the centre|")
     pull.set_ylim(bottom=0)
-    pull.legend(loc="upper right", fontsize="small")
+    pull.legend(loc="best", fontsize="small")
     if between:
         angle = axes[1, 0]
         for number, (i, j) in enumerate(between):
@@ -56,7 +56,7 @@ def report_figure(report: GuidanceReport) -> Tensor:
         angle.axhline(0, color="grey", linewidth=0.8)
         angle.set_ylim(-1.05, 1.05)
         angle.set_ylabel("cosine between terms")
-        angle.legend(loc="upper right", fontsize="small")
+        angle.legend(loc="best", fontsize="small")
     axes[-1, 0].set_xlabel(f"evaluation ({report.steps} steps)")
     canvas.draw()
     return _image(numpy.asarray(canvas.buffer_rgba())[..., :3])
@@ -69,7 +69,7 @@ def _values(readings: Sequence[float | None]) -> numpy.ndarray:
 def _plain(label: str) -> str:
     """A label that matplotlib prints as it is: no formula, not hidden for its underscore, not wider than the plot."""
     label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
-    return " " + label.replace("$", r"\$")
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def labelled_sheet(images: Tensor, columns: Sequence[str], rows: Sequence[str]) -> Tensor:
