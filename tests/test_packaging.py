@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
 ROOMS = ("gcfg", "nodes", "training", "demo")
 DATA = (
-    *("web", "workflows", "demo/trained", "training/presets"),
+    *("locales", "subgraphs", "web", "workflows", "demo/trained", "training/presets"),
     *("training/evaluation/presets", "training/evaluation/abtest_page"),
 )
 # Nothing below these is a source: copying a virtual environment would take minutes.
@@ -144,4 +144,4 @@ def test_the_tools_and_the_trainer_are_extras(project):
     extras = project["project"]["optional-dependencies"]
     assert {"train", "evaluate", "dev"} <= set(extras)
     core = {re.split(r"[^\w-]", name)[0] for name in project["project"]["dependencies"]}
-    assert core == {"torch", "safetensors", "einops", "numpy"}
+    assert core == {"torch", "safetensors", "einops", "numpy", "pillow", "tqdm", "matplotlib"}

@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Chart } from "./chart.mjs";
 import { attachCurve } from "./curve.mjs";
-import { colourLinks, fitSockets, nameSockets } from "./sockets.mjs";
+import { colourLinks, fitSockets, keepSavedSockets, nameSockets } from "./sockets.mjs";
 import { attachCheck } from "./prompt.mjs";
 import { addPanel, findNode, later } from "./nodes.mjs";
 
@@ -50,6 +50,7 @@ app.registerExtension({
       for (const handler of ["onConnectionsChange", "onAdded"]) after(node, handler, () => refresh(node.graph));
       after(node, "onConfigure", (saved) => {
         node.gcfgSize = saved?.size && [saved.size[0], saved.size[1]]; // as it was saved, with its sockets
+        if (SUMMING.has(node.comfyClass)) keepSavedSockets(node, saved);
         refresh(node.graph);
       });
     }
@@ -76,10 +77,10 @@ async function recallCharts() {
   const { output } = await app.graphToPrompt();
   const empty = Object.keys(output).filter((id) => chartOf(id)?.readings.length === 0);
   if (!empty.length) return;
-  const runs = Object.values(await (await api.fetchApi("/history")).json()).reverse();
+  const runs = Object.values(await (await api.fetchApi("/history?max_items=64")).json()).reverse();
   for (const id of empty) {
     const own = JSON.stringify(output[id].inputs);
     const run = runs.find((r) => r.outputs?.[id]?.gcfg && JSON.stringify(r.prompt[2][id].inputs) === own);
-    if (run) chartOf(id).show(run.outputs[id].gcfg[0]);
+    if (run) chartOf(id)?.show(run.outputs[id].gcfg[0]); // unless another graph was opened meanwhile
   }
 }

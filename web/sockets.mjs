@@ -14,17 +14,51 @@ export function fitSockets(node) {
   const last = Math.max(0, ...sockets.filter((input) => input.link != null).map(number));
   const wanted = Math.min(last + 1, MOST);
   const size = [...node.size]; // changing sockets resets it
-  for (let index = node.inputs.length - 1; index >= 0; index--) {
-    if (number(node.inputs[index]) > wanted) node.removeInput(index);
-  }
-  const present = new Set(node.inputs.map(number));
+  removeSockets(node, (input) => number(input) > wanted);
   for (let next = 1; next <= wanted; next++) {
-    if (!present.has(next)) node.addInput(`term_${next}`, TERMS, { shape: 7 }); // 7: drawn as optional
+    if (!node.inputs.some((input) => number(input) === next)) addSocket(node, next);
   }
   const more = wanted - sockets.length;
   if (more) fitSize(node, node.gcfgSize ?? [size[0], size[1] + more * LiteGraph.NODE_SLOT_HEIGHT]);
   delete node.gcfgSize;
 }
+
+/** Leave only the sockets that were saved: links of a pasted node are made by the places of its sockets. */
+export function keepSavedSockets(node, saved) {
+  const names = new Set((saved?.inputs ?? []).map((input) => input.name));
+  if (names.size) removeSockets(node, (input) => number(input) && input.link == null && !names.has(input.name));
+}
+
+function removeSockets(node, unwanted) {
+  for (let index = node.inputs.length - 1; index >= 0; index--) {
+    const { name, localized_name } = node.inputs[index];
+    if (!unwanted(node.inputs[index])) continue;
+    (node.gcfgNames ??= {})[name] = localized_name; // in the user's language
+    node.removeInput(index);
+  }
+  placeLinks(node);
+}
+
+/** Add a socket behind those that are there: an editor that loads or pastes the node expects them in this order. */
+function addSocket(node, next) {
+  const name = `term_${next}`;
+  node.addInput(name, TERMS, { shape: 7, localized_name: node.gcfgNames?.[name] }); // 7: drawn as optional
+  const [socket] = node.inputs.splice(node.inputs.length - 1, 1);
+  const before = node.inputs.findLastIndex((input) => number(input) && number(input) < next);
+  const sockets = node.inputs.findLastIndex((input) => !input.widget);
+  node.inputs.splice((before < 0 ? sockets : before) + 1, 0, socket);
+  placeLinks(node);
+}
+
+/** Tell each link which socket it ends in. */
+function placeLinks(node) {
+  node.inputs.forEach((input, index) => {
+    const link = input.link == null ? null : linkOf(node.graph, input.link);
+    if (link && String(link.target_id) === String(node.id)) link.target_slot = index;
+  });
+}
+
+const linkOf = (graph, id) => graph?.links?.get?.(id) ?? graph?.links?.[id] ?? graph?.getLink?.(id);
 
 /** Show on each socket the label of the term that is connected to it. */
 export function nameSockets(node) {
@@ -42,7 +76,7 @@ export function nameSockets(node) {
 
 /** Labels of the terms that come through a link, those of a chain first to last. */
 function namesBehind(graph, linkId, depth = 0) {
-  const link = graph?.links?.get?.(linkId) ?? graph?.links?.[linkId] ?? graph?.getLink?.(linkId);
+  const link = linkOf(graph, linkId);
   const origin = link && (graph.getNodeById(Number(link.origin_id)) ?? graph.getNodeById(link.origin_id));
   if (!origin || depth > 64) return [];
   const before = (origin.inputs ?? []).filter((input) => input.type === TERMS || origin.type === "Reroute");
