@@ -54,9 +54,6 @@ class Editor:
         self._browser: BrowserContext | None = None
 
     def __enter__(self) -> Editor:
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
-        if chromium is None:
-            raise DemoError("No Chromium found: install Debian's package chromium, or Google Chrome.")
         settings = {"Comfy.TutorialCompleted": True}
         if self.vue:  # an editor that does not know it reports an error
             settings["Comfy.VueNodes.Enabled"] = True
@@ -67,7 +64,8 @@ class Editor:
             width, height = self.size
             self._browser = self._playwright.chromium.launch_persistent_context(
                 self.profile,
-                executable_path=chromium,
+                # None: Playwright's own, or its advice how to install it
+                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
                 headless=True,
                 args=_FLAGS,
                 viewport={"width": width, "height": height},

@@ -180,7 +180,7 @@ export function describe(reading, labels, steps) {
 const COLOURS = ["#5b9bd5", "#ed7d31", "#70ad47", "#b07cc6", "#d6a11f", "#45b5aa", "#d9627e", "#9a8a78"];
 const colourOf = (term) => COLOURS[term % COLOURS.length];
 
-const short = (value) => Number(value.toPrecision(3)).toString();
+const short = (value) => (value === null ? "not a number" : Number(value.toPrecision(3)).toString());
 
 const pairs = (count) =>
   Array.from({ length: count }, (_, i) => Array.from({ length: count - i - 1 }, (_, k) => [i, i + 1 + k])).flat();

@@ -82,11 +82,9 @@ def shrink(editor, seed=1):
 
 
 def inputs_of(prompt):
+    """What the server gets; "upload" is a button of old editors."""
     return {
-        node: (
-            entry["class_type"],
-            {k: v for k, v in entry["inputs"].items() if k != "upload"},
-        )  # an old editor's button
+        node: (entry["class_type"], {name: value for name, value in entry["inputs"].items() if name != "upload"})
         for node, entry in prompt.items()
     }
 
