@@ -134,14 +134,18 @@ def test_no_module_is_a_drawer():
     assert [path for path in sources() if path.stem in {"utils", "util", "helpers", "misc"}] == []
 
 
-def loaded_by(program: str, cwd: Path) -> set[str]:
-    """The modules that a fresh interpreter holds after `program`; it starts outside the repository."""
-    report = "\nimport json, sys; print('\\n' + json.dumps(sorted(sys.modules)))"
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program) + report], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+def interpreted(program: str, cwd: Path) -> str:
+    """What a fresh interpreter prints; it starts outside the repository."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    return set(json.loads(run.stdout.splitlines()[-1]))
+    return run.stdout
+
+
+def loaded_by(program: str, cwd: Path) -> set[str]:
+    """The modules that a fresh interpreter holds after `program`."""
+    report = "\nimport json, sys; print('\\n' + json.dumps(sorted(sys.modules)))"
+    return set(json.loads(interpreted(program + report, cwd).splitlines()[-1]))
 
 
 def modules_of(room: str) -> list[str]:
@@ -167,10 +171,36 @@ def test_the_root_loads_neither_torch_nor_comfyui(tmp_path):
     assert {name for name in loaded if name.startswith(f"{PACKAGE}.")} == set()
 
 
+@pytest.fixture(scope="module")
+def loaded_rooms(tmp_path_factory):
+    """The modules that a process holds once it has imported a room; gcfg's process is forked for each other room."""
+    names = {room: [n for n in modules_of(room) if not n.endswith("__main__")] for room in ("gcfg", "training", "demo")}
+    program = f"""
+        import importlib, json, os, sys
+
+        def load(room):
+            for name in {names!r}[room]:
+                importlib.import_module(name)
+            print("\\n" + json.dumps({{room: sorted(sys.modules)}}), flush=True)
+
+        load("gcfg")  # which every other room may load too
+        for room in ("training", "demo"):
+            if not (child := os.fork()):
+                load(room)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0, room
+    """
+    run = interpreted(program, tmp_path_factory.mktemp("rooms"))
+    found = {}
+    for line in run.splitlines():
+        if line.startswith('{"'):
+            found |= json.loads(line)
+    return {room: set(loaded) for room, loaded in found.items()}
+
+
 @pytest.mark.parametrize("room", ["gcfg", "training", "demo"])
-def test_a_room_loads_only_what_it_may(room, tmp_path):
-    names = modules_of(room)
-    loaded = loaded_by("\n".join(f"import {name}" for name in names if not name.endswith("__main__")), tmp_path)
+def test_a_room_loads_only_what_it_may(room, loaded_rooms):
+    loaded = loaded_rooms[room]
     rooms = {name.split(".")[1] for name in loaded if name.startswith(f"{PACKAGE}.")}
     assert room in rooms
     assert rooms <= ROOMS[room] | {room}

@@ -1,15 +1,17 @@
 """`gcfg inspect`, in process and as the installed command."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from comfyui_gcfg.demo import layouts
 from comfyui_gcfg.gcfg.concept_file import compact, fold
 from comfyui_gcfg.training.cli import app
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 
@@ -119,29 +121,45 @@ def test_another_suffix(tmp_path):
     assert refusal(path) == f"Error: gcfg inspect: {str(path)!r} ends in '.gguf', expected a .safetensors file.\n"
 
 
-@pytest.mark.parametrize("name", ["old.ckpt", "old.pt", "old.pth", "old.bin", "renamed.safetensors"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_not_opened_and_the_way_to_convert_it_works(tmp_path, name, zipped):
-    path = tmp_path / name
-    saved = {"state_dict": {"a": torch.ones(3), "b": torch.ones(2, 2).T}, "epoch": 3}
-    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+def advice(path, **options):
+    """Save a pickle there, and return what `gcfg inspect` tells to run, up to the code."""
+    torch.save({"state_dict": {"a": torch.ones(3), "b": torch.ones(2, 2).T}, "epoch": 3}, path, **options)
     message = refusal(path)
     start = (
         f"Error: gcfg inspect: {str(path)!r} is a pickle, which can run any code when opened; expected .safetensors; "
     )
     first = ""
-    if name == "renamed.safetensors":
+    if path.name == "renamed.safetensors":
         first = "rename it to 'renamed.ckpt' and "
-        path.rename(tmp_path / "renamed.ckpt")
-    assert message.startswith(f'{start}{first}convert it once, in its folder, with: python -c "')
-    command = message.split('python -c "', 1)[1].removesuffix('"\n')
-    done = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    from safetensors.torch import load_file
+        path.rename(path.with_suffix(".ckpt"))
+    start += f"{first}convert it once, in its folder, with: "
+    assert message.startswith(f'{start}python -c "')
+    assert message.endswith('"\n')
+    return message.removeprefix(start).rstrip()
 
+
+def assert_converted(path):
     converted = load_file(path.with_suffix(".safetensors"))
     assert torch.equal(converted["a"], torch.ones(3))
     assert converted.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["old.ckpt", "old.pt", "old.pth", "old.bin", "renamed.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_not_opened_and_the_way_to_convert_it_works(tmp_path, monkeypatch, name, zipped):
+    command = advice(tmp_path / name, _use_new_zipfile_serialization=zipped)
+    monkeypatch.chdir(tmp_path)
+    exec(command.removeprefix('python -c "').removesuffix('"'), {})  # here: a Python of its own takes two seconds
+    assert_converted(tmp_path / name)
+
+
+def test_the_way_to_convert_a_pickle_works_in_a_shell(tmp_path):
+    command = advice(tmp_path / "old.ckpt")
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ["PATH"]])}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_converted(tmp_path / "old.ckpt")
 
 
 def test_a_file_without_a_unet(tmp_path):
