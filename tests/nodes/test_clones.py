@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -93,15 +94,27 @@ def variants(lora, prompt):
 
 
 @pytest.fixture(scope="module")
-def separate_loads(load_unet, weights, variants, gcfg, prompt):
-    """The result with every model loaded on its own, by the names of base and terms."""
-    results = {}
+def gcfg(gcfg):
+    """Our KSampler in two steps: the second one meets what the first one left behind."""
+    return partial(gcfg, steps=2)
 
-    def run(base, *terms):
-        if (base, *terms) not in results:
-            models = [variants[name](load_unet(weights("sd15", 0))) for name in (base, *terms)]
-            results[(base, *terms)] = gcfg(models[0], prompt(0), _terms(models[1:], prompt), _latent())
-        return results[(base, *terms)]
+
+@pytest.fixture(scope="module")
+def separate_loads(load_unet, weights, variants, gcfg, prompt):
+    """The result with every model of a run loaded on its own, by the names of base and terms."""
+    loaded, results = {}, {}
+
+    def load(name, number):
+        """The variant's own model; a run that has the variant twice takes two of them."""
+        if (name, number) not in loaded:
+            loaded[name, number] = variants[name](load_unet(weights("sd15", 0)))
+        return loaded[name, number]
+
+    def run(*names):
+        if names not in results:
+            base, *terms = (load(name, names[:place].count(name)) for place, name in enumerate(names))
+            results[names] = gcfg(base, prompt(0), _terms(terms, prompt), _latent())
+        return results[names]
 
     with torch.inference_mode():
         yield run
