@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,22 @@ _FLAGS = [
 
 _READY = """() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.GCFGKSampler
   && (!window.app.extensionManager || window.app.extensionManager.workflow?.activeWorkflow)"""
+_BOUNDS = """(kinds) => {
+  const graph = window.app.graph, nodes = graph._nodes.filter((n) => !kinds.length || kinds.includes(n.type));
+  const boxes = nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+  for (const group of kinds.length ? [] : graph._groups) {
+    const [x, y, width, height] = group._bounding ?? group.bounding;
+    boxes.push([x, y, x + width, y + height]);
+  }
+  return [0, 1, 2, 3].map((i) => (i < 2 ? Math.min : Math.max)(...boxes.map((box) => box[i])));
+}"""
+_MOVE = """([scale, x, y]) => {
+  const view = window.app.canvas.ds;
+  view.scale = scale;
+  [view.offset[0], view.offset[1]] = [x, y];
+  window.app.canvas.deselectAll?.();
+  window.app.graph.setDirtyCanvas(true, true);
+}"""
 _IDS = "() => window.app.graph._nodes.map((node) => `${node.id} ${node.type}`).sort()"
 
 
@@ -54,7 +70,7 @@ class Editor:
         self._browser: BrowserContext | None = None
 
     def __enter__(self) -> Editor:
-        settings = {"Comfy.TutorialCompleted": True}
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
         if self.vue:  # an editor that does not know it reports an error
             settings["Comfy.VueNodes.Enabled"] = True
         file = self.server.work / "user" / "default" / "comfy.settings.json"
@@ -114,6 +130,7 @@ class Editor:
         expected = sorted(f"{node['id']} {node['type']}" for node in workflow["nodes"])
         tools = self.page.context.new_cdp_session(self.page)
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        self.page.set_viewport_size({"width": self.size[0], "height": self.size[1]})
         where = {"x": self.size[0] // 2, "y": self.size[1] * 3 // 4}
         for kind in ("dragEnter", "dragOver", "drop"):
             tools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
@@ -158,6 +175,19 @@ class Editor:
                 return entry
             self.page.wait_for_timeout(50)
         raise DemoError(f"The prompt did not end within {seconds:.0f} s.")
+
+    def picture(self, file: Path, kinds: Sequence[str] = (), scale: float = 1.0) -> None:
+        """Save a picture of the graph, or of the nodes of some types, `scale` times as large as they are."""
+        region = self.evaluate(_BOUNDS, list(kinds))
+        left, top, margin = 80, 110, 12  # the editor's own panels; around the picture
+        width, height = ((region[2] - region[0]) * scale + 2 * margin, (region[3] - region[1]) * scale + 2 * margin)
+        self.page.set_viewport_size({"width": round(width) + 2 * left, "height": round(height) + 2 * top})
+        offset = [(left + margin) / scale - region[0], (top + margin) / scale - region[1]]
+        self.evaluate(_MOVE, [scale, *offset])
+        self.page.wait_for_timeout(1500)  # the canvas, then what lies over it
+        self.page.screenshot(
+            path=file, clip={"x": left, "y": top, "width": round(width), "height": round(height)}, animations="disabled"
+        )
 
     def _listen(self) -> None:
         self.page.on("pageerror", lambda error: self.errors.append(f"{error} {error.stack}"))

@@ -1,6 +1,7 @@
 // The guidance chart: how strongly each term pulls at every evaluation, and which terms fight.
 
 import { Drawing, palette } from "./drawing.mjs";
+import { say } from "./texts.mjs";
 
 const LEGEND = 14; // pixels of a legend line
 const BARS = 3; // thickness of an interval bar
@@ -59,14 +60,14 @@ export class Chart {
     if (!this.readings.length) {
       context.fillStyle = faint;
       context.textAlign = "center";
-      context.fillText("Run the graph to see what each guidance does.", width / 2, height / 2);
+      context.fillText(say("Run to see what each guidance does"), width / 2, height / 2);
       return;
     }
     const bottom = this.labels.length * (BARS + 1) + 2;
     const angles = this.labels.length > 1 ? Math.round((height - LEGEND - bottom) * 0.32) : 0;
     const area = { left: 30, width: width - 38 };
     this.drawLegend(context, width, text);
-    this.drawPulls(context, { ...area, top: LEGEND + 3, height: height - LEGEND - bottom - angles - 8 }, faint, text);
+    this.drawPulls(context, { ...area, top: LEGEND + 3, height: height - LEGEND - bottom - angles - 14 }, faint, text);
     if (angles) this.drawCosines(context, { ...area, top: height - bottom - angles, height: angles - 2 }, faint);
     this.drawIntervals(context, { ...area, top: height - bottom + 2 });
     if (this.at !== null) {
@@ -79,7 +80,7 @@ export class Chart {
   drawLegend(context, width, text) {
     let x = 4;
     context.textAlign = "left";
-    for (const [index, label] of [...this.labels, "sum"].entries()) {
+    for (const [index, label] of [...this.labels, say("sum")].entries()) {
       const colour = index < this.labels.length ? colourOf(index) : text;
       const short = label.length > 18 ? `${label.slice(0, 17)}…` : label;
       context.fillStyle = colour;
@@ -106,7 +107,7 @@ export class Chart {
 
   drawCosines(context, area, faint) {
     const y = (value) => area.top + (area.height * (1 - value)) / 2;
-    axis(context, area, faint, [[-1, "fight"], [0, "0"], [1, "agree"]], y);
+    axis(context, area, faint, [[-1, say("fight")], [0, "0"], [1, say("agree")]], y);
     pairs(this.labels.length).forEach(([i, j], pair) => {
       context.strokeStyle = colourOf(i);
       this.curve(context, area, y, (r) => r.cosines[pair]);
@@ -163,17 +164,17 @@ export class Chart {
 
 /** The values of one evaluation as text. */
 export function describe(reading, labels, steps) {
-  const lines = [`step ${reading.step} of ${steps}, sigma ${short(reading.sigma)}`];
+  const lines = [say("step {0} of {1}, sigma {2}", reading.step, steps, short(reading.sigma))];
   labels.forEach((label, term) => {
-    const pull = reading.weights[term] === 0 ? "off" : `pull ${short(reading.pulls[term])}`;
-    lines.push(`${label}: weight ${short(reading.weights[term])}, ${pull}`);
+    const pull = reading.weights[term] === 0 ? say("off") : `${say("pull")} ${short(reading.pulls[term])}`;
+    lines.push(`${label}: ${say("weight")} ${short(reading.weights[term])}, ${pull}`);
   });
-  lines.push(`sum: ${short(reading.total)}`);
+  lines.push(`${say("sum")}: ${short(reading.total)}`);
   pairs(labels.length).forEach(([i, j], pair) => {
     const cosine = reading.cosines[pair];
-    if (cosine !== null) lines.push(`${labels[i]} · ${labels[j]}: cosine ${cosine.toFixed(2)}`);
+    if (cosine !== null) lines.push(`${labels[i]} · ${labels[j]}: ${say("cosine")} ${cosine.toFixed(2)}`);
   });
-  if (reading.centre) lines.push(`measured from ${reading.centre}`);
+  if (reading.centre) lines.push(say("measured from {0}", reading.centre));
   return lines.join("\n");
 }
 

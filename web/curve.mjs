@@ -1,6 +1,7 @@
 // The weight of a Guidance Term over the sampling, drawn while it is edited.
 
 import { Drawing, palette } from "./drawing.mjs";
+import { say } from "./texts.mjs";
 import { addPanel, ask, drawAgain, fitSize, later, showWidget, widgetValues } from "./nodes.mjs";
 
 const USED = { end_weight: ["linear", "cosine"], points: ["points"] };
@@ -14,7 +15,7 @@ export function attachCurve(node, api) {
     state = await ask(api, "/gcfg/curve", widgetValues(node));
     element.dataset.weights = JSON.stringify(state.weights ?? null);
     element.dataset.error = state.error ?? "";
-    element.title = state.error ?? "The weight over the sampling, from pure noise (left) to the image (right)";
+    element.title = state.error ?? say("The weight over the sampling, from pure noise (left) to the image (right)");
     drawing.redraw();
   }, 60);
   for (const widget of node.widgets ?? []) {

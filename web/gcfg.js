@@ -5,6 +5,7 @@ import { Chart } from "./chart.mjs";
 import { attachCurve } from "./curve.mjs";
 import { colourLinks, fitSockets, keepSavedSockets, nameSockets } from "./sockets.mjs";
 import { attachCheck } from "./prompt.mjs";
+import { useLanguage } from "./texts.mjs";
 import { addPanel, findNode, later } from "./nodes.mjs";
 
 const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"]);
@@ -36,6 +37,7 @@ app.registerExtension({
   name: "gcfg.editor",
 
   setup() {
+    useLanguage(app);
     colourLinks(app);
     api.addEventListener("gcfg.step", ({ detail }) => chartOf(detail.node)?.add(detail));
     api.addEventListener("executed", ({ detail }) => {
@@ -56,7 +58,7 @@ app.registerExtension({
     }
     if (CHARTED.has(node.comfyClass)) {
       node.gcfgChart = new Chart();
-      addPanel(node, "guidance_chart", node.gcfgChart.element, 130);
+      addPanel(node, "guidance_chart", node.gcfgChart.element, 160);
     }
     if (node.comfyClass === "GCFGGuidanceTerm") attachCurve(node, api);
     if (node.comfyClass === "GCFGDecoupledPrompt") attachCheck(node, api);

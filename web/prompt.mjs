@@ -1,14 +1,16 @@
 // Decoupled Prompt: bad lines are named while the text is typed, by the code that reads it when it runs.
 
 import { addPanel, ask, later, widgetValues } from "./nodes.mjs";
+import { say } from "./texts.mjs";
 
 export function attachCheck(node, api) {
   const element = document.createElement("div");
   element.style.cssText = "font: 10px/1.35 sans-serif; overflow: auto; white-space: pre-wrap; padding: 0 4px;";
   const update = later(async () => {
     const { lines, problems } = await ask(api, "/gcfg/prompt", { text: String(widgetValues(node).text ?? "") });
-    const good = `${lines.length} ${lines.length === 1 ? "guidance" : "guidances"}`;
-    element.textContent = problems.length ? problems.map((p) => `line ${p.line}: ${p.message}`).join("\n") : good;
+    const good = say(lines.length === 1 ? "{0} guidance" : "{0} guidances", lines.length);
+    const bad = problems.map((problem) => `${say("line {0}", problem.line)}: ${problem.message}`).join("\n");
+    element.textContent = bad || good;
     element.style.color = problems.length ? "#e06060" : "var(--descrip-text, #999)";
     element.dataset.problems = problems.length;
   }, 200);
