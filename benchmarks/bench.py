@@ -88,7 +88,7 @@ class Bench:
     def gcfg(self, model: Any, unconditional: Any, terms: Sequence[GuidanceTerm], steps: int) -> Tensor:
         """The result of the GCFG KSampler."""
         node = GCFGKSampler()
-        (out,) = node.sample(
+        out, _ = node.sample(
             model, SEED, steps, "euler", "normal", unconditional, self.latent, 1.0, term_1=tuple(terms)
         )
         samples: Tensor = out["samples"]

@@ -8,13 +8,14 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
+from ..gcfg.diagnostics import GuidanceReport, Recorder
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
 from ..nodes.runtime.lanes import BASE, FIRST, Lane
 from .bench import SCALE, Bench, Step
 from .figures import Figure
 from .files import prompt
-from .timing import Spread, Times, interleave, ratio
+from .timing import Clock, Spread, Times, interleave, ratio
 from .watch import Split, watching
 
 
@@ -27,6 +28,7 @@ def figures(bench: Bench) -> list[Figure]:
     times: Times = {}
     splits: list[Split] = []
     batches: list[int] = []
+    readings: list[float] = []
 
     def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
         with watching([lane.patcher.model for lane in guider.lanes], bench.clock) as watch:
@@ -37,6 +39,7 @@ def figures(bench: Bench) -> list[Figure]:
                 "raw": watch.repeat,
                 "separate": lambda: separate(guider.lanes, x, sigma, options),
                 "stock": lambda: stock(guider.lanes[0], x, sigma, options),
+                "recorded": lambda: recorded(guider, step, bench.clock, readings),
             }
             times.update(interleave(calls, bench.repeats, bench.clock, "steps"))
 
@@ -44,6 +47,7 @@ def figures(bench: Bench) -> list[Figure]:
     counted = splits[-bench.repeats :]
     within = Spread.of([1 + split.around / split.within for split in counted])
     own = Spread.of([split.around * 1000 for split in counted])
+    shown = Spread.of([1 + spent / step for spent, step in zip(readings[1:], times["gcfg"], strict=True)])
     each = f"calls of batch {' and '.join(map(str, batches))}"
     return [
         Figure.spread("step", "GCFG, one step of three evaluations", Spread.of(times["gcfg"]), "s", note=each),
@@ -60,6 +64,14 @@ def figures(bench: Bench) -> list[Figure]:
         ),
         Figure.spread("overhead_ms", "GCFG step - its model calls", own, "ms"),
         Figure.spread(
+            "diagnostics",
+            "GCFG step with readings for the chart / without, noise cancelled",
+            shown,
+            "x",
+            1.01,
+            "none are taken where no editor and no Guidance Report looks",
+        ),
+        Figure.spread(
             "three_vs_separate",
             "uncond, control, concept / three separate calls",
             ratio(times["gcfg"], times["separate"]),
@@ -74,6 +86,22 @@ def figures(bench: Bench) -> list[Figure]:
             "three evaluations against two",
         ),
     ]
+
+
+def recorded(guider: GCFGGuider, step: Step, clock: Clock, seconds: list[float]) -> None:
+    """One step whose readings are taken; adds how long that took."""
+    recorder = Recorder(GuidanceReport(), (1.0, 0.0), [term.label for term in guider.plan.terms])
+    take = recorder.record
+
+    def record(*args: Any) -> None:
+        seconds.append(clock.time(lambda: take(*args)))
+
+    recorder.record = record  # type: ignore[method-assign, assignment]
+    guider.recorder = recorder
+    try:
+        step()
+    finally:
+        guider.recorder = None
 
 
 def separate(lanes: Sequence[Lane], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
