@@ -43,6 +43,16 @@ _MOVE = """([scale, x, y]) => {
   window.app.canvas.deselectAll?.();
   window.app.graph.setDirtyCanvas(true, true);
 }"""
+_FREE = """() => {
+  const { canvas, graph } = window.app;
+  for (let y = innerHeight * 0.85; y > 0; y -= 40) {
+    for (let x = innerWidth * 0.3; x < innerWidth * 0.8; x += 40) {
+      const [left, top] = canvas.ds.offset.map((offset, i) => [x, y][i] / canvas.ds.scale - offset);
+      if (document.elementFromPoint(x, y) === canvas.canvas && !graph.getNodeOnPos(left, top)) return { x, y };
+    }
+  }
+  return { x: innerWidth / 2, y: innerHeight / 2 };
+}"""
 _IDS = "() => window.app.graph._nodes.map((node) => `${node.id} ${node.type}`).sort()"
 
 
@@ -131,7 +141,7 @@ class Editor:
         tools = self.page.context.new_cdp_session(self.page)
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
         self.page.set_viewport_size({"width": self.size[0], "height": self.size[1]})
-        where = {"x": self.size[0] // 2, "y": self.size[1] * 3 // 4}
+        where = self.evaluate(_FREE)  # a node would take the file for itself
         for kind in ("dragEnter", "dragOver", "drop"):
             tools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
         self.wait_for(f"(expected) => JSON.stringify(({_IDS})()) === JSON.stringify(expected)", expected)

@@ -64,31 +64,33 @@ export class Chart {
       return;
     }
     const bottom = this.labels.length * (BARS + 1) + 2;
-    const angles = this.labels.length > 1 ? Math.round((height - LEGEND - bottom) * 0.32) : 0;
+    const top = this.drawLegend(context, width, text);
+    const angles = this.labels.length > 1 ? Math.round((height - top - bottom) * 0.32) : 0;
     const area = { left: 30, width: width - 38 };
-    this.drawLegend(context, width, text);
-    this.drawPulls(context, { ...area, top: LEGEND + 3, height: height - LEGEND - bottom - angles - 14 }, faint, text);
+    this.drawPulls(context, { ...area, top: top + 3, height: height - top - bottom - angles - 14 }, faint, text);
     if (angles) this.drawCosines(context, { ...area, top: height - bottom - angles, height: angles - 2 }, faint);
     this.drawIntervals(context, { ...area, top: height - bottom + 2 });
     if (this.at !== null) {
       context.strokeStyle = faint;
-      line(context, [[this.x(this.at, area), LEGEND], [this.x(this.at, area), height - 1]]);
+      line(context, [[this.x(this.at, area), top], [this.x(this.at, area), height - 1]]);
     }
     this.area = area;
   }
 
+  /** The lines' names, in as many rows as they need; returns their height. */
   drawLegend(context, width, text) {
-    let x = 4;
+    let [x, y] = [4, LEGEND / 2];
     context.textAlign = "left";
     for (const [index, label] of [...this.labels, say("sum")].entries()) {
-      const colour = index < this.labels.length ? colourOf(index) : text;
       const short = label.length > 18 ? `${label.slice(0, 17)}…` : label;
-      context.fillStyle = colour;
-      context.fillRect(x, LEGEND / 2 - 1, 8, 3);
-      context.fillText(short, x + 11, LEGEND / 2 + 1);
-      x += 18 + context.measureText(short).width;
-      if (x > width) break;
+      const needed = 18 + context.measureText(short).width;
+      if (x > 4 && x + needed > width) [x, y] = [4, y + LEGEND];
+      context.fillStyle = index < this.labels.length ? colourOf(index) : text;
+      context.fillRect(x, y - 1, 8, 3);
+      context.fillText(short, x + 11, y + 1);
+      x += needed;
     }
+    return y + LEGEND / 2;
   }
 
   drawPulls(context, area, faint, text) {
