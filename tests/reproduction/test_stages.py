@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 TINY = """
 [world]
-pictures = 120
+pictures = 12
 autoencoder_steps = 2
 classifier_steps = 2
 prior_steps = 2
@@ -54,11 +54,12 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory):
     """A folder in which all has run that comes before the evaluation, but with a few scans only."""
-    from comfyui_gcfg.reproduction import scans
+    from comfyui_gcfg.reproduction import scans, world
 
     patch = pytest.MonkeyPatch()
-    whole = scans.read_scans
-    patch.setattr(scans, "read_scans", lambda: tuple(part[:40] for part in whole()))
+    few = tuple(part[:40] for part in scans.read_scans())
+    for module in (scans, world):
+        patch.setattr(module, "read_scans", lambda: few)
     patch.setattr(scans, "TRAINING", 30)
     folder = tmp_path_factory.mktemp("world")
     try:
