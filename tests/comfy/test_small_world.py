@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BATCH = 2
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def classifier():
 
 @pytest.fixture
 def digits_prompt(client, load_workflow):
-    prompt = files.shrunk(to_prompt(load_workflow("text-guided-concept"), client.object_info), small_world.SIZE, 12)
+    prompt = files.shrunk(to_prompt(load_workflow("text-guided-concept"), client.object_info), small_world.SIZE, STEPS)
     return files.translated(prompt)
 
 

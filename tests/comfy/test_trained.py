@@ -17,12 +17,12 @@ from comfyui_gcfg.demo.files import PRIOR
 from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.material import read_material
-from comfyui_gcfg.training.trained import find_checkpoint
+from comfyui_gcfg.training.trained import export_run, find_checkpoint
 from PIL import Image
 from sklearn.datasets import load_digits
 
 RESOLUTION = 64
-IMAGES = 256
+IMAGES = 64
 STEPS = 16
 SEED = 4
 SCALE = 0.18215  # of SD1.x's latents, which ComfyUI takes off before it saves them
@@ -143,9 +143,9 @@ def trained(server, model_folder, tmp_path_factory):
     (folder / "config.toml").write_text(config, encoding="utf-8")
     gcfg(folder, "cache", "config.toml")
     gcfg(folder, "train", "config.toml")
-    for form, name in (("folded", FOLDED), ("compact", COMPACT)):
-        destination = server.work / "models" / "unet" / name
-        gcfg(folder, "export", "run", "--form", form, "--dtype", "fp32", "--output", str(destination))
+    unets = server.work / "models" / "unet"
+    gcfg(folder, "export", "run", "--form", "folded", "--dtype", "fp32", "--output", str(unets / FOLDED))
+    export_run(folder / "run", unets / COMPACT, "compact", "ema", "fp32")  # another process would start for six seconds
     server.client.refresh()
     return Trained(folder)
 
@@ -183,7 +183,9 @@ def test_the_loss_falls(trained):
     """Over one fixed draw of images, noise and timesteps, and far enough that it is no luck."""
     lines = [json.loads(line) for line in (trained.run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert trained.loss(trained.after) < 0.9 * trained.loss(trained.before)  # 0.81 was seen; it denoised well before
+    assert trained.loss(trained.after) < 0.9 * trained.loss(
+        trained.before
+    )  # 0.76 was seen, up to 0.84 with other seeds
 
 
 @pytest.mark.slow

