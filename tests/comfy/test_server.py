@@ -39,9 +39,12 @@ def test_every_node_is_registered(client):
         "GCFGLoadConceptUNet": (["MODEL"], "Load Concept UNet"),
         "GCFGNullTextPatch": (["MODEL"], "Null-Text Patch"),
         "GCFGGuidanceTerm": (["GCFG_TERMS"], "Guidance Term"),
-        "GCFGGuider": (["GUIDER"], "GCFG Guider"),
-        "GCFGKSampler": (["LATENT"], "GCFG KSampler"),
-        "GCFGKSamplerAdvanced": (["LATENT"], "GCFG KSampler (Advanced)"),
+        "GCFGDecoupledPrompt": (["GCFG_TERMS"], "Decoupled Prompt"),
+        "GCFGGuider": (["GUIDER", "GCFG_REPORT"], "GCFG Guider"),
+        "GCFGKSampler": (["LATENT", "GCFG_REPORT"], "GCFG KSampler"),
+        "GCFGKSamplerAdvanced": (["LATENT", "GCFG_REPORT"], "GCFG KSampler (Advanced)"),
+        "GCFGWeightSweep": (["IMAGE", "IMAGE", "LATENT"], "Weight Sweep"),
+        "GCFGGuidanceReport": (["IMAGE", "STRING", "STRING"], "Guidance Report"),
     }
     ours = {k: (v["output"], v["display_name"]) for k, v in client.object_info.items() if k.startswith("GCFG")}
     assert ours == expected
