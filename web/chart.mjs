@@ -41,8 +41,6 @@ export class Chart {
   }
 
   refresh() {
-    this.element.dataset.evaluations = this.readings.length;
-    this.element.dataset.labels = JSON.stringify(this.labels);
     this.tell();
     this.drawing.redraw();
   }

@@ -2,7 +2,7 @@
 
 import { Drawing, palette } from "./drawing.mjs";
 import { say } from "./texts.mjs";
-import { addPanel, ask, drawAgain, fitSize, later, showWidget, widgetValues } from "./nodes.mjs";
+import { addPanel, after, ask, drawAgain, fitSize, later, showWidget, widgetValues } from "./nodes.mjs";
 
 const USED = { end_weight: ["linear", "cosine"], points: ["points"] };
 
@@ -18,22 +18,12 @@ export function attachCurve(node, api) {
     element.title = state.error ?? say("The weight over the sampling, from pure noise (left) to the image (right)");
     drawing.redraw();
   }, 60);
-  for (const widget of node.widgets ?? []) {
-    const own = widget.callback;
-    widget.callback = function (...args) {
-      const result = own?.apply(this, args);
-      hideUnused(node);
-      update(node);
-      return result;
-    };
-  }
-  const configured = node.onConfigure;
-  node.onConfigure = function (...args) {
-    const result = configured?.apply(this, args);
+  const edited = () => {
     hideUnused(node);
     update(node);
-    return result;
   };
+  for (const widget of node.widgets ?? []) after(widget, "callback", edited);
+  after(node, "onConfigure", edited);
   addPanel(node, "weight_curve", element, 56);
   hideUnused(node); // before it is drawn for the first time
   update(node);
@@ -51,7 +41,7 @@ function hideUnused(node) {
 }
 
 function draw(context, width, height, { weights, error }) {
-  const { text, faint } = palette();
+  const { faint } = palette();
   context.font = "10px sans-serif";
   context.textBaseline = "middle";
   if (error) {
@@ -82,7 +72,6 @@ function draw(context, width, height, { weights, error }) {
   weights.forEach((weight, index) => (index ? context.lineTo(x(index), y(weight)) : context.moveTo(x(index), y(weight))));
   context.stroke();
   context.lineWidth = 1;
-  context.fillStyle = text;
 }
 
 function wrapped(context, text, width) {

@@ -6,21 +6,11 @@ import { attachCurve } from "./curve.mjs";
 import { colourLinks, fitSockets, keepSavedSockets, nameSockets } from "./sockets.mjs";
 import { attachCheck } from "./prompt.mjs";
 import { useLanguage } from "./texts.mjs";
-import { addPanel, findNode, later } from "./nodes.mjs";
+import { addPanel, after, findNode, later } from "./nodes.mjs";
 
 const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"]);
 const CHARTED = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced"]);
 const TERMS = new Set(["GCFGGuidanceTerm", "GCFGDecoupledPrompt"]);
-
-/** Call `then` after the node's own handler of that name. */
-function after(node, handler, then) {
-  const own = node[handler];
-  node[handler] = function (...args) {
-    const result = own?.apply(this, args);
-    then(...args);
-    return result;
-  };
-}
 
 /** Bring all sockets and their names up to date, once the editor has finished what it is doing. */
 const refresh = later((graph) => {

@@ -5,6 +5,16 @@ const MARGINS = 20; // above and below an element on the canvas
 // What old editors, which know no hidden widgets, do not draw.
 const HIDDEN = "converted-widget";
 
+/** Call `then` after an object's own handler of that name. */
+export function after(object, handler, then) {
+  const own = object[handler];
+  object[handler] = function (...args) {
+    const result = own?.apply(this, args);
+    then(...args);
+    return result;
+  };
+}
+
 /** Add an element below the widgets of a node; it belongs to the view and is never saved. */
 export function addPanel(node, name, element, height) {
   element.dataset.gcfg = name;

@@ -1,6 +1,6 @@
 // Decoupled Prompt: bad lines are named while the text is typed, by the code that reads it when it runs.
 
-import { addPanel, ask, later, widgetValues } from "./nodes.mjs";
+import { addPanel, after, ask, later, widgetValues } from "./nodes.mjs";
 import { say } from "./texts.mjs";
 
 export function attachCheck(node, api) {
@@ -12,20 +12,12 @@ export function attachCheck(node, api) {
     const bad = problems.map((problem) => `${say("line {0}", problem.line)}: ${problem.message}`).join("\n");
     element.textContent = bad || good;
     element.style.color = problems.length ? "#e06060" : "var(--descrip-text, #999)";
-    element.dataset.problems = problems.length;
   }, 200);
   const text = node.widgets?.find((widget) => widget.name === "text");
   const input = text?.inputEl ?? text?.element;
   input?.addEventListener?.("input", () => update(node));
-  for (const [owner, handler] of [[text, "callback"], [node, "onConfigure"]]) {
-    const own = owner?.[handler];
-    if (!owner) continue;
-    owner[handler] = function (...args) {
-      const result = own?.apply(this, args);
-      update(node);
-      return result;
-    };
-  }
+  if (text) after(text, "callback", () => update(node));
+  after(node, "onConfigure", () => update(node));
   addPanel(node, "prompt_check", element, 44);
   update(node);
 }
