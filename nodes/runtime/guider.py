@@ -76,10 +76,11 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         if sigmas.shape[-1] == 0:
             return latent_image
         checks.check_latent(self.node, self.model_patcher, latent_image)
-        used = self._used(sigmas)
+        levels = sigmas.tolist()
+        used = self._used(levels)
         try:
             self._build_lanes(used)
-            self.recorder = self.watch.recorder(sigmas.tolist(), [term.label for term in self.plan.terms])
+            self.recorder = self.watch.recorder(levels, [term.label for term in self.plan.terms])
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
             # Stock sampling cleans ControlNets only after a good run.
@@ -93,9 +94,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
         return noise.shape  # of the largest batch of latents that one call evaluates
 
-    def _used(self, sigmas: Tensor) -> list[int]:
+    def _used(self, sigmas: Sequence[float]) -> list[int]:
         """The terms that can act in this run; says which never do."""
-        *steps, last = sigmas.tolist()
+        *steps, last = sigmas
         steps = steps or [last]
         for idle in self.plan.idle(steps):
             logging.warning(

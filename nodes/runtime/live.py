@@ -27,6 +27,7 @@ class Watch:
         self.node_id = node_id
         self.wanted = wanted
         self.report = GuidanceReport()
+        self._sent, self._time = 0, 0.0
 
     def recorder(self, sigmas: Sequence[float], labels: Sequence[str]) -> Recorder | None:
         """A recorder for a run that begins, or None if nobody looks."""
