@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -39,10 +39,7 @@ def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[
     """
     pivot, deltas = _pivot(base, predictions, terms)
     _check_shapes(pivot, predictions, terms)
-    denoised = pivot
-    for prediction, term in deltas:
-        denoised = denoised + delta(prediction, pivot, term) * term.weight
-    return denoised
+    return _sum(pivot, ((delta(prediction, pivot, term), term.weight) for prediction, term in deltas))
 
 
 def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> tuple[Tensor, float]:
@@ -70,16 +67,27 @@ def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[
     if len(terms) == 1 and terms[0].mask is None:
         return predictions[0], weight
     scale = weight if abs(weight) > WEIGHT_TOLERANCE else 1.0
-    cond = base
-    for prediction, term in zip(predictions, terms, strict=True):
-        cond = cond + delta(prediction, base, term) * (term.weight / scale)
-    return cond, scale
+    pairs = zip(predictions, terms, strict=True)
+    return _sum(base, ((delta(prediction, base, term), term.weight / scale) for prediction, term in pairs)), scale
 
 
 def delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
-    """A term's unweighted delta, m_i (D_i - D_0), of the predictions' shape."""
+    """A term's unweighted delta, m_i (D_i - D_0): a new tensor of the predictions' shape."""
     difference = prediction - pivot
-    return difference if term.mask is None else difference * fit_mask(term.mask, difference)
+    return difference if term.mask is None else difference.mul_(fit_mask(term.mask, difference))
+
+
+def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """`pivot + sum_i w_i delta_i`, written into the deltas; the pivot is only read.
+
+    Each product and each sum is rounded by itself, as in stock guidance: `add(..., alpha=w)`, `addcmul` and `lerp` would
+    save a pass over the tensors and round otherwise.
+    """
+    total: Tensor | None = None
+    for step, weight in deltas:
+        step.mul_(weight)
+        total = step.add_(pivot) if total is None else total.add_(step)
+    return pivot if total is None else total
 
 
 def pivot_index(terms: Sequence[ActiveTerm]) -> int:

@@ -9,6 +9,7 @@ from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import ActiveTerm
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def active(weight, index=0, mask=None, label="1"):
@@ -68,6 +69,54 @@ def test_effective_cond_is_the_same_sum(weights, seed):
     expected = combine(base, predictions, terms)
     size = 1.0 + sum(map(abs, weights))
     assert torch.allclose(base + scale * (cond - base), expected, rtol=0, atol=5e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("w", [7.5, 0.3, -1.7])
+def test_rounds_as_stock_guidance_in_every_dtype(dtype, w):
+    """Three operations, each rounded: no fused multiply-add, no wider intermediate."""
+    positive, negative = (10 * tensor.to(dtype) for tensor in draw(2, shape=(1, 4, 33, 31)))
+    expected = negative + (positive - negative) * w
+    got = combine(negative, [positive], [active(w)])
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+    if w > 0.5:
+        assert torch.equal(combine(None, [positive, negative], [active(w, 0), active(1 - w, 1)]), expected)
+
+
+class Written(TorchDispatchMode):
+    """The names of all operations, and how many tensors they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.made = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.append(function._schema.name.removeprefix("aten::"))
+        self.made += all(out is not arg for arg in args)
+        return out
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_one_new_tensor_per_term_and_predictions_are_only_read(inference):
+    """Predictions are kept by others (readings, reuse), and the pivot is read by every term."""
+    with torch.inference_mode(inference):
+        base, *predictions = draw(4)
+        kept = [tensor.clone() for tensor in (base, *predictions)]
+        terms = [active(w, i) for i, w in enumerate((3.0, -1.5, 2.0))]
+        masked = [active(2.0, 0, torch.rand(1, 6, 5)), *terms[1:]]
+        with Written() as written:
+            got = combine(base, predictions, terms)
+        assert written.names == ["sub", "mul_", "add_"] * 3
+        assert written.made == 3
+        combine(base, predictions, masked)
+        effective_cond(base, predictions, terms)
+        effective_cond(base, predictions, masked)
+        without, _ = effective_cond(base, predictions[:1], terms[:1])
+        assert without is predictions[0]
+    assert all(torch.equal(now, then) for now, then in zip((base, *predictions), kept, strict=True))
+    assert all(got.data_ptr() != tensor.data_ptr() for tensor in (base, *predictions))
 
 
 def test_missing_base_is_refused_where_it_counts():
