@@ -81,7 +81,7 @@ def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
     """`pivot + sum_i w_i delta_i`, written into the deltas; the pivot is only read.
 
     Each product and each sum is rounded by itself, as in stock guidance: `add(..., alpha=w)`, `addcmul` and `lerp` would
-    save a pass over the tensors and round otherwise.
+    save a pass and round otherwise.
     """
     total: Tensor | None = None
     for step, weight in deltas:
