@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import versions
 from .clones import identical, same_weights, separate
+from .sharing import share_equal
 
 BASE = "negative"  # the names that previews and other packs read from a guider
 FIRST = "positive"
@@ -60,6 +61,7 @@ def build_lanes(base: Any, models: Sequence[Any], keys: Sequence[str], in_place:
         in_place: whether weight hooks write into weights while sampling.
     """
     patchers = separate([base, *models], in_place)
+    share_equal(patchers)
     lanes = [Lane(patchers[0], [BASE])]
     for patcher, key in zip(patchers[1:], keys, strict=True):
         lane = next((lane for lane in lanes if lane.takes(patcher)), None)
