@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .versions import is_dynamic
 
 # PyTorch's own copy-on-write; without it nothing is shared, because two models on plain storage would change together.
-_HAS_COPY_ON_WRITE = hasattr(torch, "_lazy_clone") and hasattr(torch._C, "_data_address")
+_lazy_clone: Any = getattr(torch, "_lazy_clone", None)
+_data_address: Any = getattr(torch._C, "_data_address", None)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _Addresses = list[tuple[int, int]]
@@ -37,7 +38,7 @@ def share_equal(patchers: Sequence[Any]) -> int:
     Args:
         patchers: the models of one run; what ComfyUI moves, streams or keeps in packed form is left alone.
     """
-    if not _HAS_COPY_ON_WRITE:
+    if _lazy_clone is None or _data_address is None:
         return 0
     unets = list(dict.fromkeys(patcher.model.diffusion_model for patcher in patchers if _stays_in_place(patcher)))
     freed = sum(_share(first, second) for i, second in enumerate(unets) for first in unets[:i])
@@ -70,7 +71,7 @@ def _share(first: nn.Module, second: nn.Module) -> int:
 def _alias(a: nn.Parameter, b: nn.Parameter) -> bool:
     """Let `b` have the storage of `a` until either is written to; the Parameter object stays."""
     try:
-        b.data = torch._lazy_clone(a.data)
+        b.data = _lazy_clone(a.data)
     except RuntimeError:  # memory that is not PyTorch's own, as a mapped file's
         return False
     return True
@@ -97,4 +98,4 @@ def _where(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> _Addresses:
 
 def _address(tensor: Tensor) -> int:
     """Where a tensor lies. `data_ptr()` would count as a write."""
-    return int(torch._C._data_address(tensor))
+    return int(_data_address(tensor))

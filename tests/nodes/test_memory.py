@@ -212,6 +212,6 @@ def test_models_that_comfyui_moves_or_streams_are_left_alone(pair, monkeypatch):
         patch.setattr(sharing, "is_dynamic", lambda patcher: patcher is pair[1])
         assert sharing.share_equal(pair) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(sharing, "_HAS_COPY_ON_WRITE", False)
+        patch.setattr(sharing, "_lazy_clone", None)
         assert sharing.share_equal(pair) == 0
     assert held(*pair) == apart
