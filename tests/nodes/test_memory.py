@@ -9,6 +9,7 @@ from comfyui_gcfg.benchmarks.memory import used
 from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
+QUERY = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"  # among what a LoRA changes
 TRAINED = ("attn2.to_k.weight", "attn2.to_v.weight")  # by Custom Diffusion
 
 
@@ -160,7 +161,7 @@ def test_a_lora_changes_its_own_model_only(pair, run, unshared, comfy, weights, 
 
 
 def test_weight_hooks_write_into_their_own_model_only(pair, run, unshared, comfy, weights, tuned, load_unet, prompt):
-    """They write in place while both are at work, and another node's run may do so too: stock sampling here."""
+    """They write in place while both models are at work."""
     try:
         import comfy.hooks
     except ModuleNotFoundError:
@@ -169,8 +170,18 @@ def test_weight_hooks_write_into_their_own_model_only(pair, run, unshared, comfy
     hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), group)
     expected = unshared(run, load_unet(weights("sd15", 0)), load_unet(tuned), hooked)
     plain = run(*pair)
+    seen = []
+
+    def look(*_):
+        clean = weights("sd15", 0)[QUERY], tuned[QUERY]
+        seen.append(tuple(torch.equal(values(model)[QUERY], value) for model, value in zip(pair, clean, strict=True)))
+
+    handle = pair[0].model.diffusion_model.out.register_forward_pre_hook(look)
     assert torch.equal(run(*pair, hooked), expected)
+    handle.remove()
     assert not torch.equal(expected, plain), "the hook does something"
+    assert (False, True) in seen, "the prior's weight was hooked"
+    assert (False, False) not in seen, "and the other model's with it"
     comfy.model_management.unload_all_models()
     assert same(values(pair[0]), weights("sd15", 0))
     assert same(values(pair[1]), tuned)
