@@ -15,6 +15,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..demo.layouts import FAMILIES
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.concept import load_concept_unet
 from ..nodes.runtime.guider import GCFGGuider
@@ -25,6 +26,7 @@ from .timing import Clock
 SCALE = 7.5  # of the text guidance
 SEED = 1
 Step = Callable[[], Tensor]
+Solver = Callable[[Step, Tensor, Tensor, dict[str, Any]], None]
 Body = Callable[[GCFGGuider, Step, Tensor, Tensor, dict[str, Any]], None]
 
 
@@ -39,6 +41,7 @@ class Bench:
         steps: of a sampler's run.
         repeats: of everything that is timed.
         cpu_time: see `Clock`.
+        batch: images in a latent batch.
     """
 
     files: Files
@@ -47,16 +50,21 @@ class Bench:
     steps: int
     repeats: int
     cpu_time: bool = False
+    batch: int = 1
 
     @cached_property
     def clock(self) -> Clock:
         """Of the device that ComfyUI runs its models on."""
         return Clock(management.get_torch_device(), self.cpu_time)
 
-    @cached_property
+    @property
     def latent(self) -> dict[str, Tensor]:
         """The empty latent that everything samples."""
-        return latent(self.size)
+        return latent(self.size, self.batch)
+
+    def prompt(self, seed: int) -> list[list[object]]:
+        """A CONDITIONING for the family's models; the unconditional one is 0."""
+        return prompt(seed, FAMILIES[self.family].context_dim)
 
     @cached_property
     def prior(self) -> Any:
@@ -72,6 +80,15 @@ class Bench:
     def lora(self) -> dict[str, Tensor]:
         """The LoRA."""
         return lora(self.family)
+
+    @cached_property
+    def tuned(self) -> Any:
+        """A clone of the prior with the LoRA."""
+        return self.with_lora(self.prior)
+
+    def forget_tuned(self) -> None:
+        """Make a new clone when one is next asked for, so that it is separated from the prior anew."""
+        self.__dict__.pop("tuned", None)
 
     def load_prior(self) -> Any:
         """Load the prior's file through ComfyUI."""
@@ -102,18 +119,43 @@ class Bench:
             body: is given the guider, the guided step, noisy latent (B, C, H, W), sigma (B,), and the prior's model
                 options.
         """
-        guider = GCFGGuider(self.prior, prompt(0), terms, "Benchmark")
+        guider = GCFGGuider(self.prior, self.prompt(0), terms, "Benchmark")
+
+        def solver(step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
+            body(guider, step, x, sigma, options)
+
+        self.inside(guider, solver)
+
+    def inside(self, guider: Any, body: Solver) -> None:
+        """Start a guider's run and hand over where the solver would begin.
+
+        Args:
+            guider: any GUIDER of the prior.
+            body: is given the guided step, noisy latent (B, C, H, W), sigma (B,), and the guider's model options.
+        """
 
         def solver(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, *_: Any, **__: Any) -> Tensor:
             sigma = sigmas[0].expand(x.shape[0])
-            body(guider, lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
+            body(lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
             return x
 
+        self.sample(guider, comfy.samplers.KSAMPLER(solver), 4, skip=1)
+
+    def sample(self, guider: Any, sampler: Any, steps: int, skip: int = 0) -> Tensor:
+        """Run a guider on the empty latent.
+
+        Args:
+            guider: any GUIDER of the prior.
+            sampler: a ComfyUI sampler.
+            steps: of the schedule.
+            skip: how many of its first steps to leave out.
+        """
         sampling = self.prior.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)[1:]
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)[skip:]
         samples = self.latent["samples"]
         noise = comfy.sample.prepare_noise(samples, SEED)
-        guider.sample(noise, samples, comfy.samplers.KSAMPLER(solver), sigmas, disable_pbar=True, seed=SEED)
+        out: Tensor = guider.sample(noise, samples, sampler, sigmas, disable_pbar=True, seed=SEED)
+        return out
 
 
 def parameter_bytes(model: torch.nn.Module) -> dict[int, int]:

@@ -34,7 +34,8 @@ def make_files(folder: Path, family: str) -> Files:
         _save(unet_state_dict(family, 0, torch.float16), files.prior)
     if not files.concept.exists():
         unet = unet_state_dict(family, 1, torch.float16)
-        _save(compact(fold(unet, null_text_features(unet, embedding(0)))), files.concept)
+        width = layouts.FAMILIES[family].context_dim
+        _save(compact(fold(unet, null_text_features(unet, embedding(0, width)))), files.concept)
     return files
 
 
@@ -44,19 +45,20 @@ def _save(state_dict: StateDict, path: Path) -> None:
     part.replace(path)
 
 
-def embedding(seed: int) -> Tensor:
-    """Return what a prompt's embedding looks like, (1, 77, 768)."""
-    return torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed))
+def embedding(seed: int, width: int = 768) -> Tensor:
+    """Return what a prompt's embedding looks like, (1, 77, width)."""
+    return torch.randn(1, 77, width, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(seed: int) -> list[list[object]]:
-    """Return a CONDITIONING."""
-    return [[embedding(seed), {}]]
+def prompt(seed: int, width: int = 768) -> list[list[object]]:
+    """Return a CONDITIONING, with the pooled vector that SDXL's takes."""
+    pooled = torch.randn(1, 1280, generator=torch.Generator().manual_seed(seed))
+    return [[embedding(seed, width), {"pooled_output": pooled}]]
 
 
-def latent(size: int) -> dict[str, Tensor]:
-    """Return an empty latent image of `size` pixels."""
-    return {"samples": torch.zeros(1, 4, size // 8, size // 8)}
+def latent(size: int, batch: int = 1) -> dict[str, Tensor]:
+    """Return an empty batch of latent images of `size` pixels."""
+    return {"samples": torch.zeros(batch, 4, size // 8, size // 8)}
 
 
 def lora(family: str, seed: int = 0, strength: float = 0.3) -> StateDict:
@@ -72,7 +74,7 @@ def lora(family: str, seed: int = 0, strength: float = 0.3) -> StateDict:
     generator = torch.Generator().manual_seed(seed)
     out: StateDict = {}
     for name, shape in layouts.unet(layouts.FAMILIES[family]).items():
-        if not _in_transformer(name) or len(shape) < 2:
+        if not in_transformer(name) or len(shape) < 2:
             continue
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         up, down = (shape[0], RANK, *shape[2:]), (RANK, *shape[1:])
@@ -83,5 +85,6 @@ def lora(family: str, seed: int = 0, strength: float = 0.3) -> StateDict:
     return out
 
 
-def _in_transformer(name: str) -> bool:
+def in_transformer(name: str) -> bool:
+    """Whether a tensor belongs to a transformer, with the projections around its blocks."""
     return any(part in name for part in (".transformer_blocks.", ".proj_in.", ".proj_out."))

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..gcfg.terms import GuidanceTerm
 from .bench import SCALE, SEED, Bench
 from .figures import Figure
-from .files import prompt
 from .timing import Spread, interleave, ratio
 from .watch import Split, Watch, watching
 
@@ -25,7 +24,7 @@ CANCELLED = "1 + (own time around the model calls - the stock node's) / the stoc
 
 def figures(bench: Bench) -> list[Figure]:
     """K=1, and a positive and a negative prompt as two terms (paper Eq. 7)."""
-    uncond, positive, negative = prompt(0), prompt(1), prompt(2)
+    uncond, positive, negative = bench.prompt(0), bench.prompt(1), bench.prompt(2)
     eq7_terms = [GuidanceTerm(SCALE, conditioning=positive), GuidanceTerm(1 - SCALE, conditioning=negative)]
     results: dict[str, Tensor] = {}
 

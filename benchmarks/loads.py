@@ -13,7 +13,6 @@ import torch
 from ..gcfg.terms import GuidanceTerm
 from .bench import SCALE, Bench, unload_all
 from .figures import Figure
-from .files import prompt
 
 
 @dataclass
@@ -66,12 +65,12 @@ def figures(bench: Bench) -> list[Figure]:
     """Prior and concept model in one run, from unloaded."""
     models = [bench.prior, bench.concept]
     terms = [
-        GuidanceTerm(SCALE, conditioning=prompt(1)),
-        GuidanceTerm(1.5, model=bench.concept, conditioning=prompt(2)),
+        GuidanceTerm(SCALE, conditioning=bench.prompt(1)),
+        GuidanceTerm(1.5, model=bench.concept, conditioning=bench.prompt(2)),
     ]
     unload_all()
     with counting(models) as counts:
-        bench.gcfg(bench.prior, prompt(0), terms, bench.steps)
+        bench.gcfg(bench.prior, bench.prompt(0), terms, bench.steps)
     each = [counts.loads[id(patcher.model)] for patcher in models]
     if not all(each) or counts.evaluations < 2 * bench.steps:
         raise RuntimeError(

@@ -13,16 +13,15 @@ from ..nodes.runtime.lanes import Lane, predict_all
 from ..nodes.runtime.null_text import patch_null_text
 from .bench import Bench, Step, parameter_bytes
 from .figures import Figure
-from .files import prompt
 from .timing import Times, interleave, ratio
 
 
 def figures(bench: Bench) -> list[Figure]:
     """The prior, the prior with the Null-Text Patch, and a concept UNet from its compact file."""
-    patched = patch_null_text(bench.prior, prompt(0), "uniform_mean")
+    patched = patch_null_text(bench.prior, bench.prompt(0), "uniform_mean")
     terms = [
-        GuidanceTerm(2.0, model=patched, conditioning=prompt(1)),
-        GuidanceTerm(1.5, model=bench.concept, conditioning=prompt(2)),
+        GuidanceTerm(2.0, model=patched, conditioning=bench.prompt(1)),
+        GuidanceTerm(1.5, model=bench.concept, conditioning=bench.prompt(2)),
     ]
     times: Times = {}
 

@@ -16,7 +16,7 @@ from ..nodes.runtime import lanes
 from ..nodes.runtime.clones import separate
 from .bench import SCALE, Bench, parameter_bytes, unload_all
 from .figures import Figure
-from .files import RANK, prompt
+from .files import RANK
 from .ksampler import relative_error
 from .memory import used
 from .timing import Spread, ratio
@@ -76,7 +76,9 @@ def errors(bench: Bench) -> tuple[float, float]:
     """Relative error of one step's result, separated and naive, against two separate loads."""
 
     def run(model: Any) -> Tensor:
-        return bench.gcfg(bench.prior, prompt(0), [GuidanceTerm(SCALE, model=model, conditioning=prompt(1))], 1)
+        return bench.gcfg(
+            bench.prior, bench.prompt(0), [GuidanceTerm(SCALE, model=model, conditioning=bench.prompt(1))], 1
+        )
 
     unload_all()
     expected = run(_loaded_again(bench))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,21 +52,26 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], repeats: int, clock: Clock, title: str) -> Times:
-    """Time every call `repeats` times, after one round that is not counted.
+def rounds(names: Sequence[str], repeats: int, title: str) -> Iterator[tuple[bool, str]]:
+    """Yield every name `repeats` times, after one round that is not counted: (whether it counts, name).
 
-    A round times each call once, so that a slow minute of the machine slows all of them; every second round goes
+    A round has each name once, so that a slow minute of the machine slows all of them; every second round goes
     backwards, so that a drift within rounds favours none.
     """
-    times: Times = {name: [] for name in calls}
-    names = list(calls)
-    with tqdm(total=len(calls) * (repeats + 1), desc=title, unit="call", leave=False) as bar:
+    with tqdm(total=len(names) * (repeats + 1), desc=title, unit="call", leave=False) as bar:
         for number in range(repeats + 1):
             for name in names if number % 2 else reversed(names):
-                seconds = clock.time(calls[name])
-                if number:
-                    times[name].append(seconds)
+                yield number > 0, name
                 bar.update()
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], repeats: int, clock: Clock, title: str) -> Times:
+    """Time every call `repeats` times, in rounds."""
+    times: Times = {name: [] for name in calls}
+    for counts, name in rounds(list(calls), repeats, title):
+        seconds = clock.time(calls[name])
+        if counts:
+            times[name].append(seconds)
     return times
 
 

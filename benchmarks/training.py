@@ -200,7 +200,7 @@ def _environment(cpu: bool, threads: int) -> dict[str, str]:
 def _device(cpu: bool) -> str:
     import torch
 
-    from .command import device_name
+    from .session import device_name
 
     return device_name(torch.device("cpu" if cpu else "cuda"))
 

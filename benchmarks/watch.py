@@ -74,10 +74,18 @@ class Split:
 def watching(models: Sequence[Any], clock: Clock) -> Iterator[Watch]:
     """Watch the models within the `with` block."""
     watch = Watch(clock)
-    for model in models:
-        model.apply_model = watch.around(model.apply_model)
-    try:
+    with calls_through(watch.around, models):
         yield watch
+
+
+@contextmanager
+def calls_through(wrap: Callable[[Any], Any], models: Sequence[Any]) -> Iterator[None]:
+    """Wrap the models' `apply_model` within the `with` block."""
+    unique = {id(model): model for model in models}.values()
+    for model in unique:
+        model.apply_model = wrap(model.apply_model)
+    try:
+        yield
     finally:
-        for model in models:
+        for model in unique:
             del model.apply_model  # the class's own again

@@ -1,4 +1,4 @@
-"""Tensor names and shapes of the real checkpoint layouts, with as few blocks as detection allows, or all of SD1.5's."""
+"""Tensor names and shapes of the real checkpoint layouts, with as few blocks as detection allows, or all of them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Family:
         depths: transformer depth at each resolution; [0, 2, 5] is the shortest list that is still an SDXL (KOALA).
         widths: channels at each resolution in units of 320; () for 1 everywhere.
         blocks: residual blocks at each resolution on the way down; one more on the way up.
+        middle: transformer depth between the two ways.
+        up: transformer depth at each resolution on the way up; () for at most 1.
     """
 
     context_dim: int
@@ -31,6 +33,8 @@ class Family:
     depths: tuple[int, ...]
     widths: tuple[int, ...] = ()
     blocks: int = 1
+    middle: int = 1
+    up: tuple[int, ...] = ()
 
     def channels(self, level: int) -> int:
         """Return the channels at a resolution."""
@@ -43,6 +47,17 @@ FAMILIES = {
     "sd15-full": Family(context_dim=768, linear=False, adm=0, depths=(1, 1, 1, 0), widths=(1, 2, 4, 4), blocks=2),
     "sd21": Family(context_dim=1024, linear=True, adm=0, depths=(1,)),
     "sdxl": Family(context_dim=2048, linear=True, adm=2816, depths=(0, 2, 5)),
+    # The published SDXL base: 2,567,463,684 parameters.
+    "sdxl-full": Family(
+        context_dim=2048,
+        linear=True,
+        adm=2816,
+        depths=(0, 2, 10),
+        widths=(1, 2, 4),
+        blocks=2,
+        middle=10,
+        up=(0, 2, 10),
+    ),
 }
 
 
@@ -97,7 +112,7 @@ def _stage(c_in: int, c_out: int, family: Family, depth: int) -> Shapes:
 def _middle(c: int, family: Family) -> Shapes:
     return {
         **_under("middle_block.0", _res_block(c, c)),
-        **_under("middle_block.1", _transformer(c, family, 1)),
+        **_under("middle_block.1", _transformer(c, family, family.middle)),
         **_under("middle_block.2", _res_block(c, c)),
     }
 
@@ -128,7 +143,7 @@ def unet(family: Family) -> Shapes:
     shapes |= _middle(c, family)
     index = 0
     for level in reversed(range(len(family.depths))):
-        depth = min(family.depths[level], 1)
+        depth = family.up[level] if family.up else min(family.depths[level], 1)
         for block in range(family.blocks + 1):
             shapes |= _under(f"output_blocks.{index}", _stage(c + skips.pop(), family.channels(level), family, depth))
             c = family.channels(level)

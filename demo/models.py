@@ -31,7 +31,7 @@ LATENT_RGB = (
 VAE_SCALE = 0.18215
 
 # What GroupNorm takes off the input's own features on their way to the output (measured), to be given back.
-FOLLOW = {"sd15": 2.1, "sd15-full": 2.1, "sd21": 2.1, "sdxl": 3.8}
+FOLLOW = {"sd15": 2.1, "sd15-full": 2.1, "sd21": 2.1, "sdxl": 3.8, "sdxl-full": 3.8}
 
 # Gain over 1/sqrt(fan_in) by the end of the name; what is not listed gets 1.
 GAINS = {
@@ -98,7 +98,8 @@ def unet_state_dict(
     """Return a UNet in bare LDM keys that ComfyUI detects as `family`.
 
     Args:
-        family: "sd15" (25.8 M parameters), "sd21" or "sdxl"; "sd15-full" is not small (859.5 M).
+        family: "sd15" (25.8 M parameters), "sd21" or "sdxl"; "sd15-full" (859.5 M) and "sdxl-full"
+            (2,567.5 M) are not small.
         seed: one seed, one set of weights, on every machine.
         dtype: of the returned tensors.
         zero_text: whether every attn2.to_v.weight is 0, so that text changes nothing.
