@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.samplers
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .bench import Bench

@@ -132,7 +132,11 @@ def _inputs(kind: Any) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
 
 def _typed(kind: Any, node: str, widgets: Sequence[str]) -> dict[str, Any]:
     types = {name: type_ for name, type_, _, _ in _inputs(kind)}
-    read = {"FLOAT": float, "INT": int, "BOOLEAN": lambda text: text.lower() in ("true", "1", "yes")}
+    read: dict[str, Callable[[str], Any]] = {
+        "FLOAT": float,
+        "INT": int,
+        "BOOLEAN": lambda text: text.lower() in ("true", "1", "yes"),
+    }
     values = {}
     for widget in widgets:
         name, equals, text = widget.partition("=")

@@ -104,7 +104,12 @@ def unet_state_dict(
         dtype: of the returned tensors.
         zero_text: whether every attn2.to_v.weight is 0, so that text changes nothing.
     """
-    sd = _draw_all(layouts.unet(FAMILIES[family]), seed)
+    # Rounded one by one, so that a model of 2.6 G parameters is never held in fp32; these are still changed below.
+    rounded_late = ("input_blocks.0.0.weight", "skip_connection.weight", "out.2.weight")
+    sd = {
+        name: _draw(name, shape, seed).to(torch.float32 if name.endswith(rounded_late) else dtype)
+        for name, shape in layouts.unet(FAMILIES[family]).items()
+    }
     _follow_input(sd, seed, FOLLOW[family])
     if zero_text:
         for name in sd:
