@@ -34,8 +34,8 @@ def fitting(bench: Bench, cases: Sequence[Case], skipped: list[str]) -> list[Cas
             continue
         need, free = f"{needed / 1e9:.1f} GB", f"{available / 1e9:.1f} GB"
         skipped.append(
-            f"{bench.family}, {case.text}: its models and those of the rows above need {need} of memory, and {free} are "
-            "free for them; close other programs, name fewer rows with --case, or store weights as --weights bf16."
+            f"{bench.family}, {case.text}: its models and those of the rows above need {need} of memory, and {free} "
+            "are free for them; close other programs, name fewer rows with --case, or store weights as --weights bf16."
         )
     return kept
 
