@@ -7,6 +7,7 @@ hooks and conditionings.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,25 @@ def load_lanes(lanes: Sequence[Lane], noise_shape: Sequence[int], further: Seque
         else:  # clones of equal weights are loaded once; what hangs on the others still has to be moved
             patch_models += versions.move_patches(lane.patcher)
     versions.load_models([*owners, *patch_models, *further], *(max(column) for column in zip(*estimates, strict=True)))
+    _say_what_does_not_fit(owners)
+
+
+def _say_what_does_not_fit(patchers: Sequence[Any]) -> None:
+    """One line where ComfyUI could not load all weights, since that makes every step slower."""
+    needed = sum(patcher.model_size() for patcher in patchers)
+    left = sum(map(versions.left_in_ram, patchers))
+    if left:
+        logging.warning(
+            "GCFG: the %d models of this run take %s, of which %s fit in free memory: ComfyUI keeps %s in RAM and "
+            "copies it to the device at every step, which gives the same image slowly; for speed load terms with "
+            "an fp8 weight_dtype (where Load Concept UNet offers it), use fewer models, or make a smaller image.",
+            len(patchers),
+            *(_size(size) for size in (needed, needed - left, left)),
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def predict_all(lanes: Sequence[Lane], wanted: dict[str, Tensor], sigma: Tensor, options: dict) -> dict[str, Tensor]:

@@ -41,6 +41,19 @@ def load_models(patchers: list[Any], wanted: float, least: float) -> None:
         management.load_models_gpu(patchers, wanted)
 
 
+def left_in_ram(patcher: Any) -> int:
+    """Bytes of a loaded model's weights that ComfyUI keeps in RAM, to copy them to the device in every call.
+
+    The dynamic VRAM patcher brings every weight when it is first used, so nothing can be said before.
+    """
+    if is_dynamic(patcher):
+        return 0
+    if hasattr(patcher, "loaded_size"):
+        return max(0, int(patcher.model_size() - patcher.loaded_size()))
+    cast = (module for module in patcher.model.modules() if hasattr(module, "prev_comfy_cast_weights"))
+    return sum(management.module_size(module) for module in cast)
+
+
 def move_patches(patcher: Any) -> list[Any]:
     """Put a patcher's own patches (IP-Adapter embeddings ...) where its weights are, as loading it would.
 
