@@ -102,7 +102,7 @@ def _say_what_does_not_fit(patchers: Sequence[Any]) -> None:
     left = sum(map(versions.left_in_ram, patchers))
     if left:
         logging.warning(
-            "GCFG: the %d models of this run take %s, of which %s fit in free memory: ComfyUI keeps %s in RAM and "
+            "GCFG: this run's models (%d) take %s, of which %s fit in free memory: ComfyUI keeps %s in RAM and "
             "copies it to the device at every step, which gives the same image slowly; for speed load terms with "
             "an fp8 weight_dtype (where Load Concept UNet offers it), use fewer models, or make a smaller image.",
             len(patchers),

@@ -49,7 +49,8 @@ def left_in_ram(patcher: Any) -> int:
     if is_dynamic(patcher):
         return 0
     if hasattr(patcher, "loaded_size"):
-        return max(0, int(patcher.model_size() - patcher.loaded_size()))
+        partly = patcher.model.model_lowvram  # else what is not counted as loaded are buffers of a few bytes
+        return max(0, int(patcher.model_size() - patcher.loaded_size())) if partly else 0
     cast = (module for module in patcher.model.modules() if hasattr(module, "prev_comfy_cast_weights"))
     return sum(management.module_size(module) for module in cast)
 

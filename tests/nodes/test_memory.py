@@ -226,3 +226,117 @@ def test_models_that_comfyui_moves_or_streams_are_left_alone(pair, monkeypatch):
         patch.setattr(sharing, "_lazy_clone", None)
         assert sharing.share_equal(pair) == 0
     assert held(*pair) == apart
+
+
+SCALE = 4  # the small models count as so many times larger, because versions always load 64 or 128 MB
+OTHER = torch.device("cpu:0")  # not equal to the "cpu" where models are kept, and moving there makes a copy
+
+
+@pytest.fixture
+def pressure(comfy, monkeypatch):
+    """Let ComfyUI believe that models run on a device of its own with little memory; give it the bytes.
+
+    Everything else is its own code: what it loads, in part, evicts, casts in every call, and patches while casting.
+    """
+    import comfy.model_management as management
+    import comfy.model_patcher
+    import comfy.ops
+    from comfyui_gcfg.nodes.runtime.versions import left_in_ram
+
+    loaded, budget, size_of = {}, [1e12], management.module_size
+    patcher_class = comfy.model_patcher.ModelPatcher
+
+    def free_memory(device=None, torch_free_too=False):
+        free = 1e12
+        if device is None or device == OTHER:
+            models = {id(entry.model.model): entry.model for entry in management.current_loaded_models}
+            free = budget[0] - sum(model.model_size() - left_in_ram(model) for model in (loaded | models).values())
+        return (free, free) if torch_free_too else free
+
+    def cast(layer, input):  # the oldest patches what `.to` gives, on a GPU always a copy
+        cast_all = [
+            None if weight is None else weight.to(device=input.device, dtype=input.dtype, copy=True)
+            for weight in (layer.weight, layer.bias)
+        ]
+        functions = layer.weight_function, layer.bias_function
+        return tuple(w if w is None or f is None else f(w) for w, f in zip(cast_all, functions, strict=True))
+
+    def set_budget(count, state="NORMAL_VRAM"):
+        management.unload_all_models()
+        loaded.clear()
+        budget[0] = count
+        monkeypatch.setattr(management, "vram_state", management.VRAMState[state])
+
+    if hasattr(patcher_class, "load"):
+        load = patcher_class.load
+
+        def watched(patcher, *args, **kwargs):
+            loaded[id(patcher.model)] = patcher  # while it is being loaded it stands in no list
+            return load(patcher, *args, **kwargs)
+
+        monkeypatch.setattr(patcher_class, "load", watched)
+        monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+    else:
+        monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
+    monkeypatch.setattr(management, "module_size", lambda module: SCALE * size_of(module))
+    monkeypatch.setattr(management, "get_torch_device", lambda: OTHER)
+    monkeypatch.setattr(management, "get_free_memory", free_memory)
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: SCALE * 2**20)
+    set_budget(1e12)
+    yield set_budget
+    management.unload_all_models()
+
+
+PRESSURES = [(2.2, "NORMAL_VRAM"), (1.2, "LOW_VRAM"), (1.2, "NO_VRAM")]  # so many of the run's three models would fit
+
+
+def test_little_memory_changes_nothing_but_is_told(pressure, load_unet, weights, gcfg, prompt, latent, comfy, caplog):
+    """Prior, its clone with a LoRA, and a concept, with all memory and with less; the second time from half loaded."""
+    from comfyui_gcfg.benchmarks.loads import counting
+    from comfyui_gcfg.nodes.runtime.lanes import build_lanes
+    from comfyui_gcfg.nodes.runtime.versions import left_in_ram
+
+    prior, concept = load_unet(weights("sd15", 0)), load_unet(weights("sd15", 1))
+    assert prior.load_device != prior.offload_device
+    lora = with_lora(comfy, weights, prior, 1)
+    terms = [
+        GuidanceTerm(3.0, conditioning=prompt(1)),
+        GuidanceTerm(2.0, model=lora, conditioning=prompt(2)),
+        GuidanceTerm(1.5, model=concept, conditioning=prompt(3)),
+    ]
+
+    def go():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), counting([prior, concept]) as counts:
+            out = gcfg(prior, prompt(0), terms, latent, steps=2)
+        assert counts.evaluations >= 4
+        assert counts.between_steps == 0
+        return out, [line for line in caplog.messages if "this run's models" in line]
+
+    expected, said = go()
+    assert said == [], "nothing is said where all fits"
+    size = prior.model_size()
+    run = [lane.patcher for lane in build_lanes(prior, [prior, lora, concept], "abc", False)]
+    assert len({id(patcher.model) for patcher in run}) == 3
+    for models, state in PRESSURES:
+        pressure(models * size, state)
+        got, said = go()
+        assert torch.equal(got, expected), state
+        left = sum(map(left_in_ram, run))
+        assert (3 - models) * size / 2 < left <= 3 * size, state  # the least that versions load differs
+        assert said == [
+            f"GCFG: this run's models (3) take {written(3 * size)}, of which {written(3 * size - left)} fit in free "
+            f"memory: ComfyUI keeps {written(left)} in RAM and copies it to the device at every step, which gives the "
+            "same image slowly; for speed load terms with an fp8 weight_dtype (where Load Concept UNet offers it), use "
+            "fewer models, or make a smaller image."
+        ]
+    got, said = go()
+    assert torch.equal(got, expected), "and again from what was half loaded"
+    assert len(said) == 1
+    pressure(1e12)
+    assert go()[1] == []
+
+
+def written(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
