@@ -16,7 +16,7 @@ from .cases import CASES, Case
 from .figures import Figure
 from .watch import calls_through
 
-STEPS = 4
+STEPS = 2
 # Reading a tensor's value on the host: `.item()`, `if tensor:`, `float(tensor)` all end in the first of these.
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 _WAITS_PREFIX = "Memcpy DtoH"

@@ -41,10 +41,12 @@ def fitting(bench: Bench, cases: Sequence[Case], skipped: list[str]) -> list[Cas
 
 
 def _sizes(bench: Bench) -> dict[str, float]:
-    """Bytes of each model's weights as ComfyUI will store them; a clone's are those that its LoRA patches."""
+    """Bytes of each model's weights as ComfyUI will store them.
+
+    The concept UNet is whole until its unused attention is dropped; a clone has those of its own that its LoRA patches.
+    """
     shapes = unet(FAMILIES[bench.family])
     parameters = sum(map(math.prod, shapes.values()))
     patched = sum(math.prod(shape) for name, shape in shapes.items() if in_transformer(name) and len(shape) > 1)
     wide = management.unet_dtype(model_params=parameters).itemsize
-    concept = bench.files.concept.stat().st_size / bench.files.prior.stat().st_size
-    return {"prior": parameters * wide, "concept": concept * parameters * wide, "tuned": patched * wide}
+    return {"prior": parameters * wide, "concept": parameters * wide, "tuned": patched * wide}
