@@ -21,12 +21,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...gcfg.errors import GuidanceError
+from . import compiled
 from .versions import is_dynamic, unload
 
 # What changes the weights or modules that an evaluation sees, besides `patches`.
 _WEIGHT_STATE = ("object_patches", "weight_wrapper_patches", "injections")
+_OPTIONS = ("model_options", "wrappers", "callbacks")
 
 _copies: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
+# What stood in a patcher before its compiled parts were made its own, so that it is still known as a copy of another.
+_given: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 def separate(patchers: Sequence[Any], in_place: bool = False) -> list[Any]:
@@ -42,6 +46,7 @@ def separate(patchers: Sequence[Any], in_place: bool = False) -> list[Any]:
     Raises:
         GuidanceError: if a patcher cannot be separated.
     """
+    compiled.warn_lost_patches(patchers)
     result: list[Any] = []
     for patcher in patchers:
         owner = next((seen for seen in result if seen.model is patcher.model), None)
@@ -60,6 +65,11 @@ def same_weights(a: Any, b: Any) -> bool:
     return a is b or (a.model is b.model and _same_state(a, b))
 
 
+def same_options(a: Any, b: Any) -> bool:
+    """Whether two patchers call their model in the same way: options, wrappers, callbacks, all the same objects."""
+    return all(identical(_held(a, name), _held(b, name)) for name in _OPTIONS)
+
+
 def identical(a: Any, b: Any) -> bool:
     """Whether two nested containers hold the very same objects (or equal plain values)."""
     if a is b:
@@ -76,9 +86,13 @@ def identical(a: Any, b: Any) -> bool:
 def _same_state(a: Any, b: Any) -> bool:
     return (
         identical(a.patches, b.patches)
-        and all(identical(getattr(a, name, {}), getattr(b, name, {})) for name in _WEIGHT_STATE)
+        and all(identical(_held(a, name), _held(b, name)) for name in _WEIGHT_STATE)
         and getattr(a, "force_cast_weights", False) == getattr(b, "force_cast_weights", False)
     )
+
+
+def _held(patcher: Any, name: str) -> Any:
+    return _given.get(patcher, {}).get(name, getattr(patcher, name, {}))
 
 
 def _cached_copy(patcher: Any, in_place: bool) -> Any:
@@ -92,10 +106,11 @@ def _cached_copy(patcher: Any, in_place: bool) -> Any:
 
 def _on_module_of(private: Any, patcher: Any) -> Any:
     """A patcher whose options are those of `patcher` today and whose module is the private one."""
-    if identical(private.model_options, patcher.model_options):
+    if same_options(private, patcher):
         return private
     fresh = patcher.clone()
     fresh.model = private.model
+    _compile_own(fresh, patcher.model)
     for name in _MODULE_STATE:
         if hasattr(private, name):
             setattr(fresh, name, getattr(private, name))
@@ -110,7 +125,7 @@ _MODULE_STATE = ("backup", "backup_buffers", "object_patches_backup", "hook_back
 def _private_copy(patcher: Any, in_place: bool) -> Any:
     name = type(patcher.model).__name__
     if is_dynamic(patcher):
-        return _reloaded(patcher, name)
+        return _compile_own(_reloaded(patcher, name), patcher.model)
     _refuse_captured_modules(patcher, name)
     unload(patcher)
     private = patcher.clone()
@@ -125,7 +140,15 @@ def _private_copy(patcher: Any, in_place: bool) -> Any:
     if hasattr(private, "clone_base_uuid"):
         private.clone_base_uuid = uuid.uuid4()
     logging.info("GCFG: %s is used twice with different patches, so the second got weights of its own.", name)
-    return private
+    return _compile_own(private, patcher.model)
+
+
+def _compile_own(patcher: Any, shared: torch.nn.Module) -> Any:
+    held = {name: copy.copy(getattr(patcher, name, {})) for name in ("object_patches", "wrappers")}
+    held["wrappers"] = {kind: {k: list(w) for k, w in named.items()} for kind, named in held["wrappers"].items()}
+    compiled.compile_own(patcher, shared)
+    _given[patcher] = held
+    return patcher
 
 
 def _reloaded(patcher: Any, name: str) -> Any:
@@ -163,7 +186,16 @@ def _copy_module(model: torch.nn.Module, share_storage: bool) -> torch.nn.Module
 def _refuse_captured_modules(patcher: Any, name: str) -> None:
     """An object patch that holds on to a piece of the shared module would go on using the shared weights."""
     shared = {id(module) for module in patcher.model.modules()} | {id(p) for p in patcher.model.parameters()}
+    for wrapper in compiled.foreign(patcher):
+        if any(id(compiled.original(part)) in shared for part in _reachable(wrapper)):
+            raise GuidanceError(
+                f"GCFG: {name} is used twice with different patches, and a wrapper holds the shared model as compiled by "
+                f"torch.compile, so the two cannot be separated; compile with the node TorchCompileModel instead, or "
+                f"load the model for one of the terms from a second file."
+            )
     for key, value in patcher.object_patches.items():
+        if compiled.is_part(value, patcher.model, key):
+            continue  # compiled again for the copy
         if any(id(part) in shared for part in _reachable(value)):
             raise GuidanceError(
                 f"GCFG: {name} is used twice with different patches, and the patch on '{key}' holds a part of the "

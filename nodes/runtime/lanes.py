@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import versions
-from .clones import identical, same_weights, separate
+from .clones import same_options, same_weights, separate
 from .sharing import share_equal
 
 BASE = "negative"  # the names that previews and other packs read from a guider
@@ -43,13 +43,6 @@ class Lane:
     def takes(self, patcher: Any) -> bool:
         """Whether a prediction of that model may share this lane's calls."""
         return patcher is self.patcher or (same_weights(patcher, self.patcher) and same_options(patcher, self.patcher))
-
-
-def same_options(a: Any, b: Any) -> bool:
-    """Whether two patchers call their model in the same way: options, wrappers, callbacks, all the same objects."""
-    return all(
-        identical(getattr(a, name, {}), getattr(b, name, {})) for name in ("model_options", "wrappers", "callbacks")
-    )
 
 
 def build_lanes(base: Any, models: Sequence[Any], keys: Sequence[str], in_place: bool) -> list[Lane]:

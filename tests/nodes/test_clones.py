@@ -158,6 +158,15 @@ def test_equal_to_separate_loads(load_unet, weights, variants, gcfg, prompt, sep
     assert not torch.allclose(got, unpatched, rtol=1e-2), "the patches do something"
 
 
+def test_two_clones_of_equal_weights_keep_their_own_options(load_unet, weights, variants, gcfg, prompt, separate_loads):
+    """Both go to one private module, the second with its wrapper."""
+    base = load_unet(weights("sd15", 0))
+    lora = variants["lora 1"](base)
+    models = [lora, variants["null"](lora)]
+    got = gcfg(base, prompt(0), _terms(models, prompt), _latent())
+    assert torch.equal(got, separate_loads("plain", "lora 1", "null and lora"))
+
+
 def test_every_loading_order_and_ten_runs(comfy, load_unet, weights, variants, gcfg, prompt, separate_loads):
     names = ("plain", "lora 1", "lora 2")
     base = load_unet(weights("sd15", 0))
