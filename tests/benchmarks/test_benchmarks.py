@@ -65,11 +65,12 @@ class Separately(comfy.samplers.CFGGuider):
         self.second, self.strength = second, strength
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
-        def predict(model, key):
-            return comfy.samplers.calc_cond_batch(model, [self.conds[key]], x, timestep, model_options)[0]
+        def predict(patcher, key):
+            patcher.model.current_patcher = patcher  # as loading it for a run does
+            return comfy.samplers.calc_cond_batch(patcher.model, [self.conds[key]], x, timestep, model_options)[0]
 
-        text, base = predict(self.inner_model, "positive"), predict(self.inner_model, "negative")
-        other = predict(self.second.model, "positive")
+        text, base = predict(self.model_patcher, "positive"), predict(self.model_patcher, "negative")
+        other = predict(self.second, "positive")
         return base + self.cfg * (text - base) + self.strength * (other - base)
 
 
