@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .combine import delta, pivot_index
 from .plan import ActiveTerm
+from .steps import Steps
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Recorder:
         report.labels, report.steps, report.readings = tuple(labels), len(sigmas) - 1, []
         self.report = report
         self.tell = tell
-        self._starts = sigmas[:-1]
-        self._falling = sigmas[0] >= sigmas[-1]
+        self._steps = Steps(sigmas)
         self._pending: _Pending | None = None
 
     def record(
@@ -156,7 +156,7 @@ class Recorder:
 
         weights = {term.index: term.weight for term in pending.terms}
         return Reading(
-            step=self._step(sigma),
+            step=self._steps.at(sigma),
             sigma=sigma,
             weights=tuple(weights.get(index, 0.0) for index in range(count)),
             pulls=tuple(_number(pulls[place[index]]) if index in place else 0.0 for index in range(count)),
@@ -164,12 +164,6 @@ class Recorder:
             cosines=tuple(cosine(i, j) for i, j in pairs(count)),
             centre=pending.centre,
         )
-
-    def _step(self, sigma: float) -> int:
-        reached = (
-            sigma <= start * (1 + 1e-5) if self._falling else sigma >= start * (1 - 1e-5) for start in self._starts
-        )
-        return max(1, sum(reached))
 
 
 class _Pending:

@@ -46,6 +46,8 @@ class ScheduledTerm:
         sigma_start: the largest sigma at which it acts.
         sigma_end: the smallest.
         percent_of: the percent of the sampling at a sigma.
+        reuse_start: the largest sigma at which its delta may be carried on.
+        reuse_end: the smallest.
     """
 
     term: GuidanceTerm
@@ -53,6 +55,8 @@ class ScheduledTerm:
     sigma_start: float
     sigma_end: float
     percent_of: Callable[[float], float]
+    reuse_start: float = math.inf
+    reuse_end: float = 0.0
 
     @property
     def always(self) -> bool:
@@ -67,6 +71,10 @@ class ScheduledTerm:
     def acts_at(self, sigma: float) -> bool:
         """Whether `sigma` is inside the interval; both ends count, as in ComfyUI's timestep ranges."""
         return self.always or self.sigma_end <= sigma <= self.sigma_start
+
+    def reuses_at(self, sigma: float) -> bool:
+        """Whether its delta may be carried on at `sigma`."""
+        return self.term.reuse is not None and self.reuse_end <= sigma <= self.reuse_start
 
     def weight_at(self, sigma: float) -> float:
         """The weight at `sigma`; 0 outside the interval."""
@@ -105,18 +113,15 @@ class GuidancePlan:
         """
         # The same few sigmas come again and again: solvers evaluate a step twice, and terms share them.
         percent_of = lru_cache(maxsize=None)(partial(percent_at, percent_to_sigma=percent_to_sigma))
-        return cls(
-            tuple(
-                ScheduledTerm(
-                    term,
-                    term.label or str(place),
-                    float(percent_to_sigma(term.start_percent)),
-                    float(percent_to_sigma(term.end_percent)),
-                    percent_of,
-                )
-                for place, term in enumerate(terms, start=1)
-            )
-        )
+
+        def scheduled(place: int, term: GuidanceTerm) -> ScheduledTerm:
+            percents = [term.start_percent, term.end_percent]
+            if term.reuse is not None:
+                percents += [term.reuse.start_percent, term.reuse.end_percent]
+            start, end, *reuse = (float(percent_to_sigma(percent)) for percent in percents)
+            return ScheduledTerm(term, term.label or str(place), start, end, percent_of, *reuse)
+
+        return cls(tuple(scheduled(place, term) for place, term in enumerate(terms, start=1)))
 
     def with_masks_at(self, size: tuple[int, int], device: torch.device) -> GuidancePlan:
         """The plan with masks of the latent's size (h, w) and device, so that no step has to bring them there."""
@@ -139,6 +144,11 @@ class GuidancePlan:
     def needs_sigma(self) -> bool:
         """Whether any weight depends on the noise level (reading it costs a device synchronisation)."""
         return not all(term.level for term in self.terms)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether any term's delta may be carried on in place of being evaluated."""
+        return any(scheduled.term.reuse is not None for scheduled in self.terms)
 
     def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""

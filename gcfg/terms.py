@@ -11,6 +11,7 @@ from torch import Tensor
 from .curves import CONSTANT, WeightCurve
 from .errors import GuidanceError
 from .masks import check_mask
+from .reuse import Reuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class GuidanceTerm:
         mask: (N, H, W) in [0, 1], where the delta acts, or None for everywhere.
         label: the user's name for it.
         curve: how the weight changes between start and end; constant by default.
+        reuse: when its delta is carried on in place of being evaluated; None, the default: never.
 
     Raises:
         GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is
@@ -40,6 +42,7 @@ class GuidanceTerm:
     mask: Tensor | None = None
     label: str = ""
     curve: WeightCurve = CONSTANT
+    reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
         name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"

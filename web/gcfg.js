@@ -10,7 +10,7 @@ import { addPanel, after, findNode, later } from "./nodes.mjs";
 
 const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"]);
 const CHARTED = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced"]);
-const TERMS = new Set(["GCFGGuidanceTerm", "GCFGDecoupledPrompt"]);
+const TERMS = new Set(["GCFGGuidanceTerm", "GCFGDecoupledPrompt", "GCFGGuidanceCache"]);
 
 /** Bring all sockets and their names up to date, once the editor has finished what it is doing. */
 const refresh = later((graph) => {

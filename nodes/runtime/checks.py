@@ -9,7 +9,8 @@ from typing import Any
 import comfy.model_sampling
 
 from ...gcfg.errors import GuidanceError
-from ...gcfg.plan import GuidancePlan
+from ...gcfg.plan import GuidancePlan, ScheduledTerm
+from .lanes import covers
 from .versions import latent_shapes
 
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
@@ -50,6 +51,31 @@ def check_latent(node: str, base: Any, latent_image: Any) -> None:
                 f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
                 f"with; encode the image with the VAE of this model."
             )
+
+
+def check_base_covers(node: str, conds: Sequence[dict], sigma: float) -> None:
+    """Refuse an unconditional conditioning that has no part in a step that needs it.
+
+    Raises:
+        GuidanceError: if so.
+    """
+    if not covers(conds, sigma):
+        raise GuidanceError(
+            f"{node}: unconditional is limited to a part of the sampling and has no prompt at sigma {sigma:g}, "
+            f"expected one at every step; combine it with a conditioning for the rest."
+        )
+
+
+def warn_idle(idle: Sequence[ScheduledTerm]) -> None:
+    """Say which terms act at no step."""
+    for scheduled in idle:
+        logging.warning(
+            "Guidance Term '%s': no step of this run lies between %g and %g of the noise schedule, so the term "
+            "never becomes active; widen start_percent and end_percent, or take more steps.",
+            scheduled.label,
+            scheduled.term.start_percent,
+            scheduled.term.end_percent,
+        )
 
 
 def warn_ignored_hooks(lanes: Sequence[Any], hooks: Sequence[str]) -> None:

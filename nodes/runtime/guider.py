@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,16 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor, zeros_like
 
-from ...gcfg.combine import combine, effective_cond
+from ...gcfg.combine import combine, effective_cond, pivot_index
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import ActiveTerm, GuidancePlan, needs_base
+from ...gcfg.reuse import DeltaCache, Member
+from ...gcfg.steps import Steps
 from ...gcfg.terms import GuidanceTerm
 from . import checks, versions
-from .lanes import BASE, FIRST, Lane, build_lanes, covers, has_range, holds_image, load_lanes, predict_all
+from .cond_keys import cond_keys, first_named
+from .lanes import BASE, Lane, build_lanes, covers, has_range, holds_image, load_lanes, predict_all
 from .live import Watch
 
 _CFG_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
@@ -40,6 +42,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     step_plan: GuidancePlan
     ranged: set[str]
     recorder: Recorder | None
+    steps: Steps
+    cache: DeltaCache | None
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         self.cfg = sum(term.weight_at(term.start_percent) for term in terms)
         checks.check_run(node, model_patcher, unconditional, self.plan)
         conds = [unconditional if term.conditioning is None else term.conditioning for term in terms]
-        self.keys = _keys(conds)
+        self.keys = cond_keys(conds)
         self.inner_set_conds({**dict(zip(self.keys, conds, strict=True)), BASE: unconditional})
 
     def set_conds(self, positive: Any, negative: Any) -> None:
@@ -81,6 +85,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         try:
             self._build_lanes(used)
             self.recorder = self.watch.recorder(levels, [term.label for term in self.plan.terms])
+            self.steps = Steps(levels)
+            self.cache = self.new_cache()
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
             # Stock sampling cleans ControlNets only after a good run.
@@ -88,7 +94,17 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             raise
         finally:
             self.watch.end(self.__dict__.get("recorder"))
-            for name in ("lanes", "conds", "ranged", "step_plan", "recorder", "inner_model", "loaded_models"):
+            for name in (
+                "lanes",
+                "conds",
+                "ranged",
+                "step_plan",
+                "recorder",
+                "steps",
+                "cache",
+                "inner_model",
+                "loaded_models",
+            ):
                 self.__dict__.pop(name, None)
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
@@ -98,14 +114,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """The terms that can act in this run; says which never do."""
         *steps, last = sigmas
         steps = steps or [last]
-        for idle in self.plan.idle(steps):
-            logging.warning(
-                "Guidance Term '%s': no step of this run lies between %g and %g of the noise schedule, so the term "
-                "never becomes active; widen start_percent and end_percent, or take more steps.",
-                idle.label,
-                idle.term.start_percent,
-                idle.term.end_percent,
-            )
+        checks.warn_idle(self.plan.idle(steps))
         return list(self.plan.used([*steps, last]))
 
     def _build_lanes(self, used: Sequence[int]) -> None:
@@ -148,7 +157,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             for lane in others:
                 versions.start_run(lane.patcher)
                 processed = comfy.samplers.process_conds(
-                    lane.patcher.model, noise, _first_named(lane), device, shifted, denoise_mask, seed, **kwargs
+                    lane.patcher.model, noise, first_named(lane), device, shifted, denoise_mask, seed, **kwargs
                 )
                 lane.conds = dict(zip(lane.keys, processed.values(), strict=True))
             versions.activate(base.patcher)
@@ -172,12 +181,18 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             seed: unused here, part of ComfyUI's signature.
         """
         options = model_options or {}
-        terms, wanted = self.wanted(self.step_plan, timestep, options)
+        terms, wanted = self.wanted(self.step_plan, self.cache, timestep, options)
         predictions = predict_all(self.lanes, {key: x for key in wanted}, timestep, options)
-        return self.guided(predictions, terms, x, timestep, options)
+        return self.guided(predictions, self.cache, terms, x, timestep, options)
 
-    def wanted(self, plan: GuidancePlan, timestep: Tensor, options: dict) -> tuple[tuple[ActiveTerm, ...], list[str]]:
-        """The terms that act at this noise level, and the keys of the predictions that they need."""
+    def new_cache(self) -> DeltaCache | None:
+        """An empty cache of deltas, where any term's may be carried on."""
+        return DeltaCache(self.steps) if self.plan.reuses else None
+
+    def wanted(
+        self, plan: GuidancePlan, cache: DeltaCache | None, timestep: Tensor, options: dict
+    ) -> tuple[tuple[ActiveTerm, ...], list[str]]:
+        """The terms that act at this noise level, and the keys of the predictions to evaluate for them."""
         if "ranged" not in vars(self):  # the first evaluation: stock code has just processed the base's conditionings
             self.conds = self.lanes[0].conds = {**self._all_conds(), **self.conds}
             self.ranged = {key for key, conds in self.conds.items() if has_range(conds)}
@@ -188,19 +203,32 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             or options.get("disable_cfg1_optimization", False)
             or (_hooked(options) and len(terms) > 1)
         )
-        if with_base:
-            self._check_base_covers(timestep)
-        return terms, [self.keys[term.index] for term in terms] + ([BASE] if with_base else [])
+        if with_base and BASE in self.ranged:
+            checks.check_base_covers(self.node, self.conds[BASE], float(timestep[0]))
+        if cache is None:
+            return terms, [self.keys[term.index] for term in terms] + ([BASE] if with_base else [])
+        centre = BASE if with_base else self.keys[terms[pivot_index(terms)].index]
+        sigma = float(timestep[0])
+        members = [self._member(plan, term, sigma) for term in terms if self.keys[term.index] != centre]
+        return terms, cache.wanted(centre, members, sigma)
+
+    def _member(self, plan: GuidancePlan, term: ActiveTerm, sigma: float) -> Member:
+        scheduled, key = plan.terms[term.index], self.keys[term.index]
+        apart = key not in self.lanes[0].keys
+        return Member(key, term.weight, scheduled.term.reuse, scheduled.reuses_at(sigma), apart)
 
     def guided(
         self,
         predictions: dict[str, Tensor],
+        cache: DeltaCache | None,
         terms: Sequence[ActiveTerm],
         x: Tensor,
         sigma: Tensor,
         options: dict,
     ) -> Tensor:
         """The guidance sum of one evaluation, through the model's guidance hooks if it has any."""
+        if cache is not None:
+            predictions = cache.complete(predictions)
         base = predictions.get(BASE)
         outputs = [predictions[self.keys[term.index]] for term in terms]
         if _hooked(options):
@@ -262,38 +290,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
         return tuple(term for term in plan.active(sigma) if takes_part(self.keys[term.index]))
 
-    def _check_base_covers(self, timestep: Tensor) -> None:
-        if BASE in self.ranged and not covers(self.conds[BASE], float(timestep[0])):
-            raise GuidanceError(
-                f"{self.node}: unconditional is limited to a part of the sampling and has no prompt at sigma "
-                f"{float(timestep[0]):g}, expected one at every step; combine it with a conditioning for the rest."
-            )
-
     def _all_conds(self) -> dict[str, list[dict]]:
         return {key: conds for lane in self.lanes for key, conds in lane.conds.items()}
 
 
 def _hooked(options: dict) -> bool:
     return any(name in options for name in _CFG_HOOKS)
-
-
-def _keys(conds: Sequence[Any]) -> list[str]:
-    """A name for each term's conditioning.
-
-    Stock sampling spreads GLIGEN boxes, and ControlNets of the plain "Apply ControlNet" node, from the conditioning
-    named "positive" to the others of the same model, so that name goes to the first term that has any.
-    """
-    first = next((i for i, cond in enumerate(conds) if any(_spreads(options) for _, options in cond)), 0)
-    return [FIRST if index == first else f"term_{index + 1}" for index in range(len(conds))]
-
-
-def _spreads(options: dict[str, Any]) -> bool:
-    return "gligen" in options or bool(options.get("control_apply_to_uncond", False))
-
-
-def _first_named(lane: Lane) -> dict[str, list[dict]]:
-    """A lane's conditionings under names of which one is "positive", as stock processing wants."""
-    if FIRST in lane.keys:
-        return dict(lane.conds)
-    first = next((key for key, conds in lane.conds.items() if any(map(_spreads, conds))), lane.keys[0])
-    return {FIRST if key == first else key: conds for key, conds in lane.conds.items()}

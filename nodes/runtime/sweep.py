@@ -119,6 +119,7 @@ class _Chunk:
 
     def __init__(self, guider: GCFGGuider, plans: Sequence[GuidancePlan]) -> None:
         self.guider, self.plans = guider, plans
+        self._caches = [guider.new_cache() for _ in plans]
         # Cells of one group have had the same weights so far, so their latents are the same.
         self._group = [0] * len(plans)
         self._groups: dict[Any, int] = {}
@@ -141,7 +142,9 @@ class _Chunk:
         keys: dict[int, list[str]] = {}
         rows: dict[str, dict[int, None]] = {}  # for each key the cells that it is evaluated for, in order
         for cell, question in questions:
-            terms[cell], keys[cell] = guider.wanted(self.plans[cell], question.sigma, question.options)
+            terms[cell], keys[cell] = guider.wanted(
+                self.plans[cell], self._caches[cell], question.sigma, question.options
+            )
             for key in keys[cell]:
                 rows.setdefault(key, {})[evaluated[cell]] = None
         batches = {tuple(cells): torch.cat([asked[cell].x for cell in cells]) for cells in rows.values()}
@@ -155,7 +158,9 @@ class _Chunk:
         answers = {}
         for cell, question in questions:
             own = {key: parts[key][evaluated[cell]] for key in keys[cell]}
-            answers[cell] = guider.guided(own, terms[cell], question.x, question.sigma, question.options)
+            answers[cell] = guider.guided(
+                own, self._caches[cell], terms[cell], question.x, question.sigma, question.options
+            )
             weights = tuple((term.index, term.weight) for term in terms[cell])
             self._group[cell] = self._groups.setdefault((self._group[cell], weights), len(self._groups) + 1)
         return answers

@@ -40,6 +40,7 @@ def test_every_node_is_registered(client):
         "GCFGNullTextPatch": (["MODEL"], "Null-Text Patch"),
         "GCFGGuidanceTerm": (["GCFG_TERMS"], "Guidance Term"),
         "GCFGDecoupledPrompt": (["GCFG_TERMS"], "Decoupled Prompt"),
+        "GCFGGuidanceCache": (["GCFG_TERMS"], "Guidance Cache"),
         "GCFGGuider": (["GUIDER", "GCFG_REPORT"], "GCFG Guider"),
         "GCFGKSampler": (["LATENT", "GCFG_REPORT"], "GCFG KSampler"),
         "GCFGKSamplerAdvanced": (["LATENT", "GCFG_REPORT"], "GCFG KSampler (Advanced)"),

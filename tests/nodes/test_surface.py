@@ -13,6 +13,12 @@ SURFACE = {
         ("GCFG_TERMS",),
     ),
     "GCFGDecoupledPrompt": ("Decoupled Prompt", ["clip", "text"], ["model", "terms"], ("GCFG_TERMS",)),
+    "GCFGGuidanceCache": (
+        "Guidance Cache",
+        ["terms", "mode", "every", "threshold", "extrapolation", "start_percent", "end_percent", "align"],
+        [],
+        ("GCFG_TERMS",),
+    ),
     "GCFGGuider": ("GCFG Guider", ["model", "unconditional"], TERMS, ("GUIDER", "GCFG_REPORT")),
     "GCFGKSampler": (
         "GCFG KSampler",
@@ -44,9 +50,9 @@ SURFACE = {
 
 @pytest.fixture
 def nodes(comfy):
-    from comfyui_gcfg.nodes import concept, guidance, prompts, report, sampling, sweep
+    from comfyui_gcfg.nodes import cache, concept, guidance, prompts, report, sampling, sweep
 
-    topics = (concept, guidance, prompts, report, sampling, sweep)
+    topics = (cache, concept, guidance, prompts, report, sampling, sweep)
     return {node_id: (name, node) for topic in topics for node_id, name, node in topic.NODES}
 
 
