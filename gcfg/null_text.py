@@ -134,32 +134,42 @@ def attention_means(unet: nn.Module, names: Iterable[str], runs: Iterable[Callab
 def replace_cross_attention(unet: nn.Module, features: Mapping[str, Tensor]) -> None:
     """Put the constants in place of attn2 and norm2, for good; the old modules and their weights are let go."""
     for name, feature in features.items():
-        _make_null_text(unet.get_submodule(name), feature)
+        _make_null_text(unet.get_submodule(name), feature, nn.Identity())
+
+
+def constants(features: Mapping[str, Tensor]) -> dict[str, ConstantCrossAttention]:
+    """The modules that stand in for attn2, for repeated use with `null_text_blocks`."""
+    return {name: ConstantCrossAttention(feature) for name, feature in features.items()}
 
 
 @contextmanager
-def null_text_blocks(unet: nn.Module, features: Mapping[str, Tensor]) -> Iterator[None]:
+def null_text_blocks(unet: nn.Module, features: Mapping[str, Tensor | ConstantCrossAttention]) -> Iterator[None]:
     """Put the constants in place of attn2 and norm2 within the `with` block, and the same modules back after it.
 
     Nothing of q, k, v, out and norm2 is computed meanwhile, and no weight is touched, so a plain and a null-text use of
     one UNet may follow each other in one run. The modules come back after an exception too.
+
+    Args:
+        unet: the UNet.
+        features: F_null by block name, or its `constants`, which saves making them each time.
     """
     originals: list[tuple[nn.Module, nn.Module, nn.Module]] = []
+    no_norm = nn.Identity()
     try:
         for name, feature in features.items():
             block = unet.get_submodule(name)
             originals.append((block, block.get_submodule("attn2"), block.get_submodule("norm2")))
-            _make_null_text(block, feature)
+            _make_null_text(block, feature, no_norm)
         yield
     finally:
         for block, attn2, norm2 in originals:
             block._modules["attn2"], block._modules["norm2"] = attn2, norm2
 
 
-def _make_null_text(block: nn.Module, feature: Tensor) -> None:
+def _make_null_text(block: nn.Module, feature: Tensor | ConstantCrossAttention, no_norm: nn.Identity) -> None:
     # Through _modules, not setattr: the blocks of a compiled or hooked UNet may guard setattr.
-    block._modules["attn2"] = ConstantCrossAttention(feature)
-    block._modules["norm2"] = nn.Identity()
+    block._modules["attn2"] = ConstantCrossAttention(feature) if isinstance(feature, Tensor) else feature
+    block._modules["norm2"] = no_norm
 
 
 def _reads_text(module: nn.Module) -> bool:

@@ -189,8 +189,8 @@ def _refuse_captured_modules(patcher: Any, name: str) -> None:
     for wrapper in compiled.foreign(patcher):
         if any(id(compiled.original(part)) in shared for part in _reachable(wrapper)):
             raise GuidanceError(
-                f"GCFG: {name} is used twice with different patches, and a wrapper holds the shared model as compiled by "
-                f"torch.compile, so the two cannot be separated; compile with the node TorchCompileModel instead, or "
+                f"GCFG: {name} is used twice with different patches, and a wrapper holds the shared model as "
+                f"torch.compile made it, so the two cannot be separated; compile with the node TorchCompileModel, or "
                 f"load the model for one of the terms from a second file."
             )
     for key, value in patcher.object_patches.items():

@@ -72,8 +72,8 @@ def warn_lost_patches(patchers: Iterable[Any]) -> None:
             lost = sum(str(name).startswith(f"{key}.") for name in patcher.patches)
             if lost and original(value) is not None:
                 logging.warning(
-                    "GCFG: this ComfyUI does not apply the LoRA (%d weights) of a model that TorchCompileModel compiled; "
-                    "update ComfyUI, or save the model with the LoRA merged in and compile that one.",
+                    "GCFG: this ComfyUI does not apply the LoRA (%d weights) of a model that TorchCompileModel "
+                    "compiled; update ComfyUI, or save the model with the LoRA merged in and compile that one.",
                     lost,
                 )
 

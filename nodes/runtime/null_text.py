@@ -18,11 +18,13 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.null_text import (
     ConstantCrossAttention,
     attention_means,
+    constants,
     cross_attention_blocks,
     is_null_text,
     null_text_blocks,
     uniform_means,
 )
+from .weight_state import WeightState, hooks_at_work
 
 MODES = ("uniform_mean", "attention_mean")
 KEY = "gcfg_null_text"
@@ -61,9 +63,11 @@ def patch_null_text(patcher: Any, null_text: Any, mode: str) -> Any:
     patch = NullText(embedding, pooled, names, mode)
     clone = remove_null_text(patcher)
     if hasattr(clone, "add_wrapper_with_key"):
-        import comfy.patcher_extension
+        from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-        clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY, patch)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, patch)
+        clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, patch.run_begins)
+        clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, patch.run_ends)
     else:
         previous = clone.model_options.get("model_function_wrapper")
         clone.model_options["model_function_wrapper"] = FunctionWrapper(patch, previous)
@@ -74,9 +78,11 @@ def remove_null_text(patcher: Any) -> Any:
     """Return a clone without the null-text patch."""
     clone = patcher.clone()
     if hasattr(clone, "remove_wrappers_with_key"):
-        import comfy.patcher_extension
+        from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-        clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY)
+        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+        for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+            clone.remove_callbacks_with_key(moment, KEY)
         return clone
     wrapper = clone.model_options.get("model_function_wrapper")
     if isinstance(wrapper, FunctionWrapper):
@@ -84,6 +90,9 @@ def remove_null_text(patcher: Any) -> Any:
         if wrapper.previous is None:
             del clone.model_options["model_function_wrapper"]
     return clone
+
+
+Constants = dict[str, ConstantCrossAttention]
 
 
 @dataclass(eq=False)
@@ -103,6 +112,8 @@ class NullText:
     mode: str
     # Per UNet, because clones that differ may have been given modules of their own.
     _measured: weakref.WeakKeyDictionary[Any, Measured] = field(default_factory=weakref.WeakKeyDictionary)
+    # Of the run that is on; None between runs, and where ComfyUI does not tell when a run begins.
+    _constants: weakref.WeakKeyDictionary[Any, Constants] | None = None
 
     def __call__(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Wrap one `BaseModel.apply_model`, in the form of ComfyUI's wrapper API."""
@@ -113,14 +124,31 @@ class NullText:
         unet = model.diffusion_model
         if isinstance(unet.get_submodule(f"{self.names[0]}.attn2"), ConstantCrossAttention):
             return evaluate()  # a later patch, further out, is already at work
-        with null_text_blocks(unet, self.features(model, device)):
+        with null_text_blocks(unet, self.constants(model, device)):
             return evaluate()
+
+    def run_begins(self, patcher: Any) -> None:
+        """Keep constants from now on: only weight hooks change weights while a run is on."""
+        self._constants = weakref.WeakKeyDictionary()
+
+    def run_ends(self, patcher: Any) -> None:
+        """Forget the constants, because anything may change until the next run."""
+        self._constants = None
+
+    def constants(self, model: Any, device: torch.device) -> Constants:
+        """The blocks' stand-ins for attn2, made once in a run."""
+        unet = model.diffusion_model
+        if self._constants is None or hooks_at_work(model) is not None:
+            return constants(self.features(model, device))
+        kept = self._constants.get(unet)
+        if kept is None or next(iter(kept.values())).null_text_feature.device != device:
+            kept = self._constants[unet] = constants(self.features(model, device))
+        return kept
 
     def features(self, model: Any, device: torch.device) -> dict[str, torch.Tensor]:
         """F_null of each block for the weights as they are now."""
         unet = model.diffusion_model
         embedding = self.embedding.to(device=device, dtype=_compute_dtype(model))
-        # Two matrix-vector products for each block: cheaper than knowing whether the weights changed.
         uniform = uniform_means(embedding, unet, self.names)
         if self.mode == "uniform_mean":
             return uniform
@@ -160,54 +188,11 @@ class FunctionWrapper:
 
 
 @dataclass(frozen=True, eq=False)
-class WeightState:
-    """Recognises whether a model's weights are still those of an earlier moment, without keeping them alive.
-
-    Patched weights are new parameters; partly loaded ones are told by ComfyUI's patch id; weight hooks write in place,
-    which the hook group and the values of the cheap features show.
-    """
-
-    objects: tuple[weakref.ref[Any], ...]
-    patches_uuid: Any
-    uniform: torch.Tensor
-
-    @classmethod
-    def of(cls, model: Any, uniform: dict[str, torch.Tensor]) -> WeightState:
-        """Note the state as it is now."""
-        return cls(tuple(map(weakref.ref, _weight_objects(model))), _patches_uuid(model), _joined(uniform))
-
-    def are_those_of(self, model: Any, uniform: dict[str, torch.Tensor]) -> bool:
-        """Tell whether nothing has changed."""
-        now = tuple(_weight_objects(model))
-        return (
-            len(now) == len(self.objects)
-            and all(ref() is thing for ref, thing in zip(self.objects, now, strict=True))
-            and self.patches_uuid == _patches_uuid(model)
-            and torch.equal(self.uniform, _joined(uniform).to(self.uniform.device))
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class Measured:
     """Features of the mode attention_mean, and the weights they were measured with."""
 
     weights: WeightState
     features: dict[str, torch.Tensor]
-
-
-def _weight_objects(model: Any) -> Iterator[Any]:
-    yield from model.diffusion_model.parameters()
-    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
-    if hooks is not None:
-        yield hooks
-
-
-def _patches_uuid(model: Any) -> Any:
-    return getattr(model, "current_weight_patches_uuid", None)
-
-
-def _joined(features: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(features.values()))
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
