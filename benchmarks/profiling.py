@@ -18,7 +18,13 @@ from .watch import calls_through
 
 STEPS = 2
 # Reading a tensor's value on the host: `.item()`, `if tensor:`, `float(tensor)` all end in the first of these.
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+_WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+)
 _WAITS_PREFIX = "Memcpy DtoH"
 
 
@@ -31,9 +37,8 @@ def figures(bench: Bench, path: Path) -> list[Figure]:
     """
     by_name = {case.name: case for case in CASES}
     cases = {"stock": by_name["stock"], "GCFG": by_name["k2_concept"]}
-    activities = [ProfilerActivity.CPU]
-    if bench.clock.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    on_gpu = bench.clock.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     for case in cases.values():
         bench.sample(case.guider(bench), comfy.samplers.sampler_object("euler"), 1)
     with profile(activities=activities) as profiler:
@@ -43,7 +48,8 @@ def figures(bench: Bench, path: Path) -> list[Figure]:
         bench.clock.now()  # a GPU has finished
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+    slowest = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=slowest, row_limit=12, max_name_column_width=40))
     waits = {label: _waits(profiler.events(), f"{label} sampling") for label in cases}
     return [_figure(label, counts, waits["stock"]) for label, counts in waits.items()]
 
