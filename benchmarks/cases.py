@@ -121,3 +121,4 @@ CASES = (
     Case("k4_mixed", "GCFG K=4, two on the prior, concept, clone", (*_TWO, Part("concept", 3), Part("tuned", 4)), gcfg),
     Case("dual", "ComfyUI's Dual CFG Guider", _TWO, dual, peer_of="k2"),
 )
+BY_NAME = {case.name: case for case in CASES}

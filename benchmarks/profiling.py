@@ -12,7 +12,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .bench import Bench
-from .cases import CASES, Case
+from .cases import BY_NAME, Case
 from .figures import Figure
 from .watch import calls_through
 
@@ -28,15 +28,15 @@ _WAITS = (
 _WAITS_PREFIX = "Memcpy DtoH"
 
 
-def figures(bench: Bench, path: Path) -> list[Figure]:
-    """Profile a stock run and one of prior and concept UNet, warm, and store the trace.
+def figures(bench: Bench, path: Path, guided: Case = BY_NAME["k2_concept"]) -> list[Figure]:
+    """Profile a stock run and a guided one, warm, and store the trace.
 
     Args:
         bench: the models.
         path: of the trace, for chrome://tracing or Perfetto.
+        guided: what to run beside stock guidance.
     """
-    by_name = {case.name: case for case in CASES}
-    cases = {"stock": by_name["stock"], "GCFG": by_name["k2_concept"]}
+    cases = {"stock": BY_NAME["stock"], "GCFG": guided}
     on_gpu = bench.clock.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     for case in cases.values():
