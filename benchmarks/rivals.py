@@ -52,7 +52,7 @@ class Sockets:
     @property
     def parts(self) -> tuple[Part, ...]:
         """The terms of ours that make the same predictions: every text on the prior, the first on the concept UNet."""
-        texts = tuple(Part("prior", seed, OTHER if seed > 1 else SCALE) for seed in range(1, self.prompts + 1))
+        texts = tuple(Part("prior", seed, OTHER if seed > 1 else SCALE) for seed in range(1, max(self.prompts, 1) + 1))
         return texts + tuple(Part(name, 1) for name in self.models[1:])
 
     def model(self) -> Callable[[Bench], Any]:
@@ -117,8 +117,8 @@ def _choose(nodes: Mapping[str, Any], node: str | None, folder: Path) -> str:
     chosen = guiders[0] if node is None and len(guiders) == 1 else node
     if chosen is None or chosen not in usable:
         raise DemoError(
-            f"--rival-node {node}: expected a node of {folder.resolve().name} that gives a GUIDER or a MODEL, of which "
-            f"it has {', '.join(sorted(usable)) or 'none'}."
+            f"--rival-node {node or 'is missing'}: expected the id of a node of {folder.resolve().name} that gives a "
+            f"GUIDER or a MODEL, of which it has {', '.join(sorted(usable)) or 'none'}."
         )
     return chosen
 
