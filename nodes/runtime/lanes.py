@@ -155,21 +155,26 @@ def _batchable(lane: Lane, terms: Sequence[str], options: dict[str, Any]) -> boo
     return len(terms) < 2 or not any("control" in entry for term in terms for entry in lane.conds[term])
 
 
-def _calc(model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> list[Tensor]:
+def _calc(model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> list[Any]:
     if "sampler_calc_cond_batch_function" in options:
         args = {"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options}
         return list(options["sampler_calc_cond_batch_function"](args))
-    if len(conds) > 2:
-        options = _with_stock_indices(options)
-    return list(comfy.samplers.calc_cond_batch(model, conds, x, sigma, options))
+    if len(conds) == 2:
+        return list(comfy.samplers.calc_cond_batch(model, conds, x, sigma, options))
+    # Without the unconditional its place stays out: stock code would make tensors for it.
+    places = [place for place, cond in enumerate(conds) if cond is not None]
+    wanted = [conds[place] for place in places]
+    out = comfy.samplers.calc_cond_batch(model, wanted, x, sigma, _with_stock_indices(options, places))
+    found = dict(zip(places, out, strict=True))
+    return [found.get(place) for place in range(len(conds))]
 
 
-def _with_stock_indices(options: dict[str, Any]) -> dict[str, Any]:
+def _with_stock_indices(options: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
     """Options under which patches see only the indices they know: 0 for every term, 1 for the unconditional."""
     previous = options.get("model_function_wrapper")
 
     def call(apply_model: Any, args: dict[str, Any]) -> Tensor:
-        indices = [1 if index == 1 else 0 for index in args["cond_or_uncond"]]
+        indices = [1 if places[index] == 1 else 0 for index in args["cond_or_uncond"]]
         args["cond_or_uncond"] = indices
         args["c"]["transformer_options"]["cond_or_uncond"] = indices[:]
         if previous is not None:
