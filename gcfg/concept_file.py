@@ -163,6 +163,24 @@ def fill_for_detection(state_dict: Mapping[str, Tensor], context_dim: int | None
     return full
 
 
+def without_dead_weights(state_dict: Mapping[str, Tensor], found: ConceptFile) -> StateDict:
+    """Return a folded or compact UNet as ComfyUI can recognise it, and nothing else of attn2, norm2 and the features.
+
+    The model is known by `attn2.to_k.weight` of each transformer's first block. It is all zero here, a view of one
+    value. A layer for which no weights are given takes no memory until it is let go.
+    """
+    alive = dict(state_dict)
+    for block in found.blocks:
+        base = f"{found.prefix}{block}."
+        for key in (*DEAD, *NORM, FEATURE):
+            alive.pop(base + key, None)
+        if block.endswith(".transformer_blocks.0"):
+            like = alive[base + "norm1.weight"]
+            zero = torch.zeros((), dtype=like.dtype)
+            alive[base + "attn2.to_k.weight"] = zero.expand(like.numel(), found.context_dim)
+    return alive
+
+
 def _find_unet(keys: Mapping[str, object], source: str) -> tuple[Naming, str]:
     for prefix in _PREFIXES:
         for naming, first in _FIRST_KEYS:

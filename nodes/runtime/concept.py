@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...gcfg.concept_file import FEATURE, ConceptFile, describe, features, fill_for_detection, unet_in_ldm_keys
+from ...gcfg.concept_file import (
+    DEAD,
+    NORM,
+    ConceptFile,
+    describe,
+    features,
+    unet_in_ldm_keys,
+    without_dead_weights,
+)
 from ...gcfg.errors import GuidanceError
 from ...gcfg.null_text import replace_cross_attention
 from ...gcfg.safetensors_file import read_header
@@ -49,17 +59,17 @@ def load_concept_unet(
     state_dict = comfy.utils.load_torch_file(path, safe_load=True)
     found = describe(state_dict, header.metadata, source)
     unet = unet_in_ldm_keys(state_dict, found)
+    held = len(unet)
     null_text = {} if found.form == "ordinary" else features(unet, source)
-    if found.form == "compact":
-        unet = fill_for_detection(unet, found.context_dim)
-        unet = {key: tensor for key, tensor in unet.items() if not key.endswith(FEATURE)}
-    _check_recognised(unet, found, source)
+    if null_text:
+        unet = without_dead_weights(unet, describe(unet, header.metadata, source))
+    _check_recognised(unet, found, source, held)
     options = {
         "model_options": dict(_OPTIONS[weight_dtype]),
         "metadata": header.metadata or None,
         "disable_dynamic": disable_dynamic,
     }
-    patcher = _load(unet, options, source)
+    patcher = _load(unet, options, source, tuple(null_text), held)
     freed = _free_attention(patcher, null_text) if null_text else (0, 0)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (load_concept_unet, (path, weight_dtype, name))
@@ -67,27 +77,38 @@ def load_concept_unet(
     return patcher
 
 
-def _check_recognised(unet: dict[str, torch.Tensor], found: ConceptFile, source: str) -> None:
+def _check_recognised(unet: dict[str, torch.Tensor], found: ConceptFile, source: str, held: int) -> None:
     try:
         config = comfy.model_detection.model_config_from_unet(unet, "")
     except KeyError as error:
         raise GuidanceError(
-            f"{source} is incomplete: the UNet's tensor {error} is missing, found {len(unet)}; export or download the "
+            f"{source} is incomplete: the UNet's tensor {error} is missing, found {held}; export or download the "
             "file again."
         ) from error
     if config is None:
         raise GuidanceError(
-            f"{source} is a UNet of {len(unet)} tensors for text of width {found.context_dim} that this ComfyUI does "
+            f"{source} is a UNet of {held} tensors for text of width {found.context_dim} that this ComfyUI does "
             "not recognise, expected one of the SD1.x, SD2.x or SDXL family."
         )
 
 
-def _load(unet: dict[str, torch.Tensor], options: dict[str, Any], source: str) -> Any:
-    """Load through the stock loader, which only logs what a file lacks: that must not pass in silence."""
-    keys = frozenset(unet)
+def _load(
+    unet: dict[str, torch.Tensor], options: dict[str, Any], source: str, null_text: tuple[str, ...], held: int
+) -> Any:
+    """Load through the stock loader, which only logs what a file lacks: that must not pass in silence.
+
+    Args:
+        unet: what is loaded; the loader empties it.
+        options: of the loader.
+        source: start of every error.
+        null_text: blocks whose cross-attention is left out, and is not missed.
+        held: number of the file's tensors.
+    """
+    keys = frozenset(unet) | {f"{block}.{key}" for block in null_text for key in (*DEAD, *NORM)}
     accepted = inspect.signature(_load_state_dict).parameters
     try:
-        patcher = _load_state_dict(unet, **{key: value for key, value in options.items() if key in accepted})
+        with _silence("unet missing") if null_text else nullcontext():
+            patcher = _load_state_dict(unet, **{key: value for key, value in options.items() if key in accepted})
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -97,9 +118,24 @@ def _load(unet: dict[str, torch.Tensor], options: dict[str, Any], source: str) -
     if missing:
         raise GuidanceError(
             f"{source} is incomplete: {len(missing)} of the UNet's tensors are missing, first {missing[0]!r}, found "
-            f"{len(keys)}; export or download the file again."
+            f"{held}; export or download the file again."
         )
     return patcher
+
+
+@contextmanager
+def _silence(start: str) -> Iterator[None]:
+    """Keep the root logger from repeating, within the block, what begins like this."""
+    root = logging.getLogger()
+
+    def says_more(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(start)
+
+    root.addFilter(says_more)
+    try:
+        yield
+    finally:
+        root.removeFilter(says_more)
 
 
 def _free_attention(patcher: Any, null_text: dict[str, torch.Tensor]) -> tuple[int, int]:

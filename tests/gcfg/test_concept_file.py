@@ -14,6 +14,7 @@ from comfyui_gcfg.gcfg.concept_file import (
     fill_for_detection,
     fold,
     unet_in_ldm_keys,
+    without_dead_weights,
 )
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
@@ -157,6 +158,20 @@ def test_fill_for_detection_takes_no_memory(file_of, ordinary):
     }
     assert all(value.untyped_storage().nbytes() <= 2 for value in added.values())
     assert all(value.dtype == torch.float16 for value in added.values())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("form", ["folded", "compact"])
+def test_without_dead_weights_only_what_tells_the_family_is_left(file_of, ordinary, form, prefix):
+    sd = file_of("sdxl", form, prefix)
+    left = without_dead_weights(sd, describe(sd))
+    dead = {prefix + key for key in ordinary("sdxl") if ".attn2." in key or ".norm2." in key}
+    marks = {key for key in dead if key.endswith(".transformer_blocks.0.attn2.to_k.weight")}
+    beside = {key for key in sd if not key.startswith(prefix)}
+    assert set(left) == {prefix + key for key in ordinary("sdxl")} - dead | marks | beside
+    assert {left[key].shape for key in marks} == {ordinary("sdxl")[key.removeprefix(prefix)].shape for key in marks}
+    assert all(left[key].untyped_storage().nbytes() <= 2 for key in marks)
+    assert all(value is sd[key] for key, value in left.items() if key not in marks)
 
 
 # The published layouts of SD1.5's diffusers UNet and its LDM names, written down by hand from the two file formats.
