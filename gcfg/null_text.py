@@ -157,7 +157,7 @@ def null_text_blocks(unet: nn.Module, features: Mapping[str, Tensor | ConstantCr
     no_norm = nn.Identity()
     try:
         for name, feature in features.items():
-            block = unet.get_submodule(name)
+            block = _uncompiled(unet.get_submodule(name))
             originals.append((block, block.get_submodule("attn2"), block.get_submodule("norm2")))
             _make_null_text(block, feature, no_norm)
         yield
@@ -170,6 +170,12 @@ def _make_null_text(block: nn.Module, feature: Tensor | ConstantCrossAttention, 
     # Through _modules, not setattr: the blocks of a compiled or hooked UNet may guard setattr.
     block._modules["attn2"] = ConstantCrossAttention(feature) if isinstance(feature, Tensor) else feature
     block._modules["norm2"] = no_norm
+
+
+def _uncompiled(block: nn.Module) -> nn.Module:
+    """The block that `torch.compile` was given: a compiled one hands out its parts and keeps what is put into it."""
+    original = getattr(block, "_orig_mod", block)
+    return original if isinstance(original, nn.Module) else block
 
 
 def _reads_text(module: nn.Module) -> bool:

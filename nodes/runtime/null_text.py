@@ -24,6 +24,7 @@ from ...gcfg.null_text import (
     null_text_blocks,
     uniform_means,
 )
+from . import compiled
 from .weight_state import WeightState, hooks_at_work
 
 MODES = ("uniform_mean", "attention_mean")
@@ -50,7 +51,7 @@ def patch_null_text(patcher: Any, null_text: Any, mode: str) -> Any:
     """
     embedding, options = _single_prompt(null_text)
     unet = patcher.get_model_object("diffusion_model")
-    names = _text_blocks(unet)
+    names = _text_blocks(compiled.original(unet) or unet)
     expected = unet.get_submodule(f"{names[0]}.attn2.to_k").weight.shape[1]
     if embedding.shape[-1] != expected:
         raise GuidanceError(
