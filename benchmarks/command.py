@@ -13,6 +13,7 @@ from .figures import Figure, table
 from .files import make_files
 from .matrix_command import matrix
 from .options import CpuTime, Device, Profile, Repeats, Threads
+from .reuse_command import reuse
 from .session import Session, check_size
 from .training import training
 
@@ -87,4 +88,5 @@ def _sections(work: Bench, session: Session, profile: Path | None) -> Iterator[l
 
 
 app.command("matrix")(matrix)
+app.command("reuse")(reuse)
 app.command("training")(training)

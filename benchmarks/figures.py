@@ -16,6 +16,7 @@ _FORMATS = {
     "s": "{:.2f} s",
     "MB": "{:,.0f} MB",
     "%": "{:.2f} %",
+    "dB": "{:.1f} dB",
     "images/s": "{:.3g} images/s",
     "GFLOP/s": "{:,.0f} GFLOP/s",
     "count": "{:.0f}",
@@ -31,7 +32,7 @@ class Figure:
         name: its key in the JSON.
         text: what was measured against what.
         value: the measured value, the median where there are repeats.
-        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "%", "images/s", "GFLOP/s", "count", or "" for a number.
+        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "%", "dB", "images/s", "GFLOP/s", "count", or "" for none.
         low: the smallest of the repeats, or None.
         high: the largest.
         goal: the value should be at most this; None where the figure only informs.

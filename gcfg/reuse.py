@@ -33,8 +33,9 @@ class Reuse:
         linear: carry deltas on along a line through the last two, in log sigma; else hold the last.
         start_percent: where in the sampling it begins, 0 (pure noise) to 1 (clean); outside the term is evaluated.
         end_percent: where it ends, at least `start_percent`.
-        align: stop evaluating the centre once the last two deltas of every term have at least this cosine in every
-            sample, -1 to 1; 1 is never.
+        align: leave the centre out at the step after one where the last two deltas of every term had at least this
+            cosine, in every sample, -1 to 1; 1 is never. (Adaptive guidance, Castillo et al. 2023, arXiv 2312.12487,
+            stops for good; here it is looked at again at the next step, because deltas may turn later.)
 
     Raises:
         GuidanceError: if a value is out of its range, or both `every` and `threshold` are None.
@@ -100,7 +101,7 @@ class DeltaCache:
         self._step = 0
         self._centre = ""
         self._deltas: dict[str, _Delta] = {}
-        self._stopped = False  # whether the centre is evaluated no more
+        self._centre_step = -1  # at which the centre was evaluated last
         self._asked = _Asked((), "", 1.0)
 
     def wanted(self, centre: str, members: Sequence[Member], sigma: float) -> list[str]:
@@ -113,12 +114,14 @@ class DeltaCache:
         """
         step = self._steps.at(sigma)
         if step < self._step or centre != self._centre:  # noise was added back, or deltas mean something else now
-            self._deltas, self._stopped = {}, False
+            self._deltas, self._centre_step = {}, -1
         self._step, self._centre = step, centre
         due = [member for member in members if self._due(member, sigma)]
         anchor = centre
-        if members and (not due or self._without_centre(members)):
+        if members and (not due or self._centre_rests(members)):
             anchor = _anchor(due or members, centre)
+        if anchor == centre:
+            self._centre_step = step
         self._asked = _Asked(tuple(members), anchor, sigma)
         return list(dict.fromkeys([*(member.key for member in due), anchor]))
 
@@ -139,7 +142,7 @@ class DeltaCache:
                 found[member.key] = centre + self._deltas[member.key].at(sigma) * sigma
                 continue
             found[member.key] = predictions[member.key]
-            if member.rule is not None and member.key != anchor and sigma > 0.0:
+            if member.rule is not None and anchor == self._centre and sigma > 0.0:
                 self._keep(member, (predictions[member.key] - centre) / sigma)
                 renewed.append(member)
         self._look(renewed)
@@ -155,8 +158,15 @@ class DeltaCache:
             return True
         return rule.threshold is not None and not kept.change_at(sigma) < rule.threshold  # true where not a number
 
-    def _without_centre(self, members: Sequence[Member]) -> bool:
-        return self._stopped and all(member.key in self._deltas and member.inside for member in members)
+    def _centre_rests(self, members: Sequence[Member]) -> bool:
+        return self._centre_step == self._step - 1 and all(
+            member.rule is not None
+            and member.inside
+            and member.rule.align < 1.0
+            and member.key in self._deltas
+            and self._deltas[member.key].cosine >= member.rule.align
+            for member in members
+        )
 
     def _keep(self, member: Member, delta: Tensor) -> None:
         assert member.rule is not None
@@ -171,14 +181,6 @@ class DeltaCache:
             return
         for delta, (change, cosine) in zip(deltas, torch.stack([d.drift() for d in deltas]).tolist(), strict=True):
             delta.change, delta.cosine = change, cosine
-        self._stopped = self._stopped or all(
-            member.rule is not None
-            and member.inside
-            and member.rule.align < 1.0
-            and member.key in self._deltas
-            and self._deltas[member.key].cosine >= member.rule.align
-            for member in self._asked.members
-        )
 
 
 @dataclass(frozen=True)
