@@ -47,31 +47,6 @@ def sweep(comfy):
 
 
 @pytest.fixture
-def calls():
-    """What the exact models were asked: (name, batch)."""
-    return []
-
-
-@pytest.fixture
-def exact(calls):
-    """Models whose prediction is elementwise, so that a row's numbers do not depend on the batch that it is in."""
-
-    def make(patcher, name, offset):
-        def denoise(apply_model, args):
-            x, sigma = args["input"], args["timestep"].reshape(-1, 1, 1, 1)
-            calls.append((name, len(x)))
-            variance = 0.09 + sigma**2
-            centre = torch.tanh(x / variance) + offset + args["c"]["c_crossattn"][:, :1, :1, None]
-            return (centre * sigma**2 + x * 0.09) / variance
-
-        clone = patcher.clone()
-        clone.set_model_unet_function_wrapper(denoise)
-        return clone
-
-    return make
-
-
-@pytest.fixture
 def base(exact, prior):
     return exact(prior, "prior", 0.0)
 
