@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
+from ..demo.errors import DemoError
 from .figures import Figure, table
 from .files import make_files
 from .matrix_command import matrix
@@ -19,6 +21,10 @@ from .training import training
 
 if TYPE_CHECKING:  # importing it takes a running ComfyUI
     from .bench import Bench
+
+# In an order that needs little memory: what runs in a process of its own first, then the second copies of the prior.
+SECTIONS = ("imports", "peak", "separation", "loads", "steps", "ksampler", "null_text", "backends")
+SLOW = {"peak", "backends"}  # only where they are asked for
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -35,6 +41,10 @@ def bench(
     threads: Threads = 1,
     device: Device = "auto",
     cpu_time: CpuTime = False,
+    section: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this one of {', '.join(SECTIONS)}; repeatable. Without: all but peak and backends."),
+    ] = None,
     profile: Profile = None,
     output: Annotated[Path, typer.Option(help="Folder for benchmarks.json.")] = Path("output"),
     cache: Annotated[Path, typer.Option(help="Folder for the model files (3.4 GB, made once).")] = Path(
@@ -47,6 +57,10 @@ def bench(
     """
     if context.invoked_subcommand:
         return
+    wanted = section or [name for name in SECTIONS if name not in SLOW]
+    unknown = sorted(set(wanted) - set(SECTIONS))
+    if unknown:
+        raise DemoError(f"--section {unknown[0]}: expected one of {', '.join(SECTIONS)}.")
     size = size if size is not None else 128 if small else 256
     check_size(size)
     family = "sd15" if small else "sd15-full"
@@ -54,12 +68,12 @@ def bench(
     files = make_files(cache, family)
     session = Session.start(device, threads, cpu_time)
 
-    from .bench import Bench  # imports ComfyUI's modules, as all sections do
+    from .bench import Bench  # imports ComfyUI's modules
 
     work = Bench(files, family, size, steps, repeats, cpu_time)
     figures: list[Figure] = []
     with torch.inference_mode():
-        for found in _sections(work, session, profile):
+        for found in _sections(work, session, wanted, profile):
             figures += found
     setting = {
         "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
@@ -73,17 +87,13 @@ def bench(
     print(f"\nJSON: {output / 'benchmarks.json'}")
 
 
-def _sections(work: Bench, session: Session, profile: Path | None) -> Iterator[list[Figure]]:
-    """The sections in an order that needs little memory: the second copies of the prior before the concept model."""
-    from . import imports, ksampler, loads, null_text, profiling, separation, steps
-
-    yield imports.figures(session.tree, session.cpu, work.repeats)
-    yield separation.figures(work)
-    yield loads.figures(work)
-    yield steps.figures(work)
-    yield ksampler.figures(work)
-    yield null_text.figures(work)
+def _sections(work: Bench, session: Session, wanted: Sequence[str], profile: Path | None) -> Iterator[list[Figure]]:
+    for name in (name for name in SECTIONS if name in wanted):
+        section = importlib.import_module(f".{name}", __package__)  # imports ComfyUI's modules
+        yield section.figures(session.tree, session.cpu, work.repeats) if name == "imports" else section.figures(work)
     if profile is not None:
+        from . import profiling
+
         yield profiling.figures(work, profile)
 
 

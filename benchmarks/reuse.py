@@ -30,25 +30,31 @@ TEXT, CONCEPT = 5.0, 1.5  # the weights of the workflow text-guided-concept
 FULL = "full"
 PRESET = "every2"  # what the node does as it is
 
-# name -> (what it is, the text's rule, the concept's rule)
+# name -> (what it is, (the text's rule, the concept's))
 Rule = Reuse | None
-RULES: dict[str, tuple[str, Rule, Rule]] = {
-    FULL: ("full run", None, None),
-    PRESET: ("every 2 (the node's defaults)", Reuse(), Reuse()),
-    "every2_hold": ("every 2, hold", Reuse(linear=False), Reuse(linear=False)),
-    "every3": ("every 3", Reuse(every=3), Reuse(every=3)),
-    "every4": ("every 4", Reuse(every=4), Reuse(every=4)),
-    "threshold_0.2": ("threshold 0.2", *[Reuse(every=None, threshold=0.2)] * 2),
-    "threshold_0.4": ("threshold 0.4", *[Reuse(every=None, threshold=0.4)] * 2),
-    "threshold_0.8": ("threshold 0.8", *[Reuse(every=None, threshold=0.8)] * 2),
-    "text_only": ("text every 2, concept always", Reuse(), None),
-    "concept_only": ("concept every 2, text always", None, Reuse()),
-    "own_rules": ("text every 2, concept every 3", Reuse(), Reuse(every=3)),
-    "late": ("every 2 from 40 % on", *[Reuse(start_percent=0.4)] * 2),
-    "early": ("every 2 up to 60 %", *[Reuse(end_percent=0.6)] * 2),
-    "adaptive_0.95": ("always, unconditional until the cosine is 0.95", *[Reuse(every=1, align=0.95)] * 2),
-    "adaptive_0.8": ("always, unconditional until the cosine is 0.8", *[Reuse(every=1, align=0.8)] * 2),
-    "every2_adaptive_0.8": ("every 2, unconditional until the cosine is 0.8", *[Reuse(align=0.8)] * 2),
+
+
+def _both(rule: Rule) -> tuple[Rule, Rule]:
+    return rule, rule
+
+
+RULES: dict[str, tuple[str, tuple[Rule, Rule]]] = {
+    FULL: ("full run", _both(None)),
+    PRESET: ("every 2 (the node's defaults)", _both(Reuse())),
+    "every2_hold": ("every 2, hold", _both(Reuse(linear=False))),
+    "every3": ("every 3", _both(Reuse(every=3))),
+    "every4": ("every 4", _both(Reuse(every=4))),
+    "threshold_0.2": ("threshold 0.2", _both(Reuse(every=None, threshold=0.2))),
+    "threshold_0.4": ("threshold 0.4", _both(Reuse(every=None, threshold=0.4))),
+    "threshold_0.8": ("threshold 0.8", _both(Reuse(every=None, threshold=0.8))),
+    "text_only": ("text every 2, concept always", (Reuse(), None)),
+    "concept_only": ("concept every 2, text always", (None, Reuse())),
+    "own_rules": ("text every 2, concept every 3", (Reuse(), Reuse(every=3))),
+    "late": ("every 2 from 40 % on", _both(Reuse(start_percent=0.4))),
+    "early": ("every 2 up to 60 %", _both(Reuse(end_percent=0.6))),
+    "align_0.99": ("always, align 0.99", _both(Reuse(every=1, align=0.99))),
+    "align_0.97": ("always, align 0.97", _both(Reuse(every=1, align=0.97))),
+    "threshold_0.3_align_0.95": ("threshold 0.3, align 0.95", _both(Reuse(every=None, threshold=0.3, align=0.95))),
 }
 
 
@@ -141,7 +147,7 @@ class Measured:
 def measure(world: World, how: Sampling, seeds: int, clock: Clock, rules: Mapping[str, Any]) -> dict[str, Measured]:
     """Sample every seed with every rule and with stock guidance, in turn; the first seed is also a warm-up."""
     runs: dict[str, Callable[[int], Tensor]] = {"stock": partial(world.stock, how)}
-    for name, (_, text, concept) in rules.items():
+    for name, (_, (text, concept)) in rules.items():
         runs[name] = partial(world.guided, how, text=text, concept=concept)
     times: dict[str, list[float]] = {name: [] for name in runs}
     latents: dict[str, list[Tensor]] = {name: [] for name in runs}

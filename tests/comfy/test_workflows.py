@@ -24,6 +24,7 @@ EXPECTED = {
     "spatial-guided-controlnet",
     "stylised-control",
     "text-guided-concept",
+    "three-for-two",
     "weight-sweep",
 }
 SAMPLERS = {"GCFGKSampler": 0, "KSampler": 0, "SamplerCustomAdvanced": 0, "GCFGWeightSweep": 2}  # output of latents
