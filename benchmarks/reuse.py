@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,44 +18,16 @@ from tqdm import tqdm
 
 from ..demo import models, small_world
 from ..demo.digits import WORDS
-from ..gcfg.reuse import Reuse
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.concept import load_concept_unet
 from ..nodes.runtime.text import encode_prompt
 from ..nodes.sampling import GCFGKSampler
 from .figures import Figure
+from .quality import front, psnr, rmse
+from .rules import FULL, PRESET, RULES, Rule
 from .timing import Clock, Spread, ratio
 
 TEXT, CONCEPT = 5.0, 1.5  # the weights of the workflow text-guided-concept
-FULL = "full"
-PRESET = "every2"  # what the node does as it is
-
-# name -> (what it is, (the text's rule, the concept's))
-Rule = Reuse | None
-
-
-def _both(rule: Rule) -> tuple[Rule, Rule]:
-    return rule, rule
-
-
-RULES: dict[str, tuple[str, tuple[Rule, Rule]]] = {
-    FULL: ("full run", _both(None)),
-    PRESET: ("every 2 (the node's defaults)", _both(Reuse())),
-    "every2_hold": ("every 2, hold", _both(Reuse(linear=False))),
-    "every3": ("every 3", _both(Reuse(every=3))),
-    "every4": ("every 4", _both(Reuse(every=4))),
-    "threshold_0.2": ("threshold 0.2", _both(Reuse(every=None, threshold=0.2))),
-    "threshold_0.4": ("threshold 0.4", _both(Reuse(every=None, threshold=0.4))),
-    "threshold_0.8": ("threshold 0.8", _both(Reuse(every=None, threshold=0.8))),
-    "text_only": ("text every 2, concept always", (Reuse(), None)),
-    "concept_only": ("concept every 2, text always", (None, Reuse())),
-    "own_rules": ("text every 2, concept every 3", (Reuse(), Reuse(every=3))),
-    "late": ("every 2 from 40 % on", _both(Reuse(start_percent=0.4))),
-    "early": ("every 2 up to 60 %", _both(Reuse(end_percent=0.6))),
-    "align_0.99": ("always, align 0.99", _both(Reuse(every=1, align=0.99))),
-    "align_0.97": ("always, align 0.97", _both(Reuse(every=1, align=0.97))),
-    "threshold_0.3_align_0.95": ("threshold 0.3, align 0.95", _both(Reuse(every=None, threshold=0.3, align=0.95))),
-}
 
 
 @dataclass(frozen=True)
@@ -173,22 +145,6 @@ def measure(world: World, how: Sampling, seeds: int, clock: Clock, rules: Mappin
     }
 
 
-def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio of an image with values in 0 .. 1, dB: 10 log10(1 / mean squared error).
-
-    Of the image as it is saved, in 8 bits; 99 for equal ones.
-    """
-    a, b = ((picture.double().clamp(0, 1) * 255).round() / 255 for picture in (image, reference))
-    error = float((a - b).square().mean())
-    return 99.0 if error == 0.0 else float(-10 * torch.log10(torch.tensor(error, dtype=torch.float64)))
-
-
-def rmse(latent: Tensor, reference: Tensor) -> float:
-    """Root mean square difference of a latent, over the standard deviation of the reference."""
-    a, b = latent.double(), reference.double()
-    return float((a - b).square().mean().sqrt() / b.std())
-
-
 def figures(measured: Mapping[str, Measured], seeds: int) -> list[Figure]:
     """Three rows for each rule; goals for the preset."""
     found = []
@@ -236,11 +192,6 @@ def draw(measured: Mapping[str, Measured], path: Path) -> None:
     axes.set_ylabel("PSNR to the full run, dB (median)")
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=110)
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both time and quality, by time."""
-    return sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
 
 
 def device_clock(cpu_time: bool) -> Clock:

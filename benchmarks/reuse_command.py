@@ -11,6 +11,7 @@ import typer
 from ..demo.errors import DemoError
 from .figures import table
 from .options import CpuTime, Device, Threads
+from .rules import FULL, RULES
 from .session import Session
 
 
@@ -32,15 +33,15 @@ def reuse(
     ),
 ) -> None:
     """Measure Guidance Cache on the small world's trained models: time over stock CFG, error against the full run."""
+    unknown = set(setting or ()) - set(RULES)
+    if unknown:
+        raise DemoError(f"--setting {min(unknown)}: expected one of {', '.join(RULES)}.")
+    wanted = {FULL, *(setting or RULES)}
+    rules = {name: rule for name, rule in RULES.items() if name in wanted}
     session = Session.start(device, threads, cpu_time)
 
     from . import reuse as section  # imports ComfyUI's modules
 
-    unknown = set(setting or ()) - set(section.RULES)
-    if unknown:
-        raise DemoError(f"--setting {min(unknown)}: expected one of {', '.join(section.RULES)}.")
-    wanted = {section.FULL, *(setting or section.RULES)}
-    rules = {name: rule for name, rule in section.RULES.items() if name in wanted}
     how = section.Sampling(steps, sampler, scheduler)
     with torch.inference_mode():
         world = section.World(cache)
