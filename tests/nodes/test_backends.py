@@ -186,6 +186,21 @@ def test_compiled_clones_that_differ(
     assert len(graphs) == first, "nothing is compiled again in a second run"
 
 
+def test_a_separated_clone_compiles_its_own_module(comfy, load_unet, weights, lora):
+    """Compiled by an object patch, as ComfyUI did up to 0.3.29; no weight patch reaches below it, so look at it."""
+    from comfyui_gcfg.nodes.runtime.clones import separate
+
+    base = _object_patch(load_unet(weights("sd15", 0)), BLOCK, "eager")
+    clone = lora(base)
+    same, private = separate([base, clone])
+    assert same is base
+    assert base.object_patches[BLOCK]._orig_mod is base.model.get_submodule(BLOCK)
+    assert private.object_patches[BLOCK]._orig_mod is private.model.get_submodule(BLOCK)
+    assert private.model is not base.model
+    assert separate([base, clone])[1] is private, "kept for the next run"
+    assert clone.object_patches[BLOCK] is base.object_patches[BLOCK], "the user's clone is as it was"
+
+
 def test_compiled_model_compiles_what_stock_sampling_compiles(
     gcfg, stock, load_unet, weights, prompt, latent, block_compiled, graphs
 ):
