@@ -12,7 +12,6 @@ import comfy.model_management as management
 import comfy.sample
 import comfy.samplers
 import comfy.sd
-import torch
 from torch import Tensor
 
 from ..demo.layouts import FAMILIES
@@ -156,12 +155,6 @@ class Bench:
         noise = comfy.sample.prepare_noise(samples, SEED)
         out: Tensor = guider.sample(noise, samples, sampler, sigmas, disable_pbar=True, seed=SEED)
         return out
-
-
-def parameter_bytes(model: torch.nn.Module) -> dict[int, int]:
-    """Bytes of each storage behind a model's parameters, by address."""
-    storages = (parameter.untyped_storage() for parameter in model.parameters())
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def unload_all() -> None:

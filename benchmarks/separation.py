@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime import lanes
 from ..nodes.runtime.clones import separate
-from .bench import SCALE, Bench, parameter_bytes, unload_all
+from ..nodes.runtime.sharing import addresses
+from .bench import SCALE, Bench, unload_all
 from .figures import Figure
 from .files import RANK
 from .ksampler import relative_error
@@ -53,8 +54,8 @@ def _cost(bench: Bench, make: Callable[[Bench], Any]) -> Cost:
     seconds = bench.clock.time(lambda: made.append(make(bench)))
     management.load_models_gpu([bench.prior, made[0]])
     memory = used(bench.clock.device) - before
-    shared = parameter_bytes(base)
-    unshared = sum(size for at, size in parameter_bytes(made[0].model).items() if at not in shared)
+    shared = addresses(base)
+    unshared = sum(size for at, size in addresses(made[0].model).items() if at not in shared)
     return Cost(seconds, memory, unshared)
 
 

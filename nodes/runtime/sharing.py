@@ -97,5 +97,5 @@ def _where(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> _Addresses:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor lies. `data_ptr()` would count as a write."""
-    return int(_data_address(tensor))
+    """Where a tensor lies. `data_ptr()` would count as a write, which matters only where something can be shared."""
+    return tensor.data_ptr() if _data_address is None else int(_data_address(tensor))
