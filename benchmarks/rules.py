@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..gcfg.reuse import Reuse
 
 FULL = "full"
-PRESET = "every2"  # what the node does as it is
+PRESET = "text2_concept3"  # of the workflow three-for-two
 
 # name -> (what it is, (the text's rule, the concept's))
 Rule = Reuse | None
@@ -17,7 +17,8 @@ def _both(rule: Rule) -> tuple[Rule, Rule]:
 
 RULES: dict[str, tuple[str, tuple[Rule, Rule]]] = {
     FULL: ("full run", _both(None)),
-    PRESET: ("every 2 (the node's defaults)", _both(Reuse())),
+    PRESET: ("text every 2, concept every 3 (the preset)", (Reuse(), Reuse(every=3))),
+    "every2": ("every 2 (the node's defaults)", _both(Reuse())),
     "every2_hold": ("every 2, hold", _both(Reuse(linear=False))),
     "every3": ("every 3", _both(Reuse(every=3))),
     "every4": ("every 4", _both(Reuse(every=4))),
@@ -26,7 +27,6 @@ RULES: dict[str, tuple[str, tuple[Rule, Rule]]] = {
     "threshold_0.8": ("threshold 0.8", _both(Reuse(every=None, threshold=0.8))),
     "text_only": ("text every 2, concept always", (Reuse(), None)),
     "concept_only": ("concept every 2, text always", (None, Reuse())),
-    "own_rules": ("text every 2, concept every 3", (Reuse(), Reuse(every=3))),
     "late": ("every 2 from 40 % on", _both(Reuse(start_percent=0.4))),
     "early": ("every 2 up to 60 %", _both(Reuse(end_percent=0.6))),
     "align_0.99": ("always, align 0.99", _both(Reuse(every=1, align=0.99))),
