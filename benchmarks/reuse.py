@@ -37,6 +37,7 @@ class Sampling:
     steps: int
     sampler: str
     scheduler: str
+    batch: int = 1
 
 
 class World:
@@ -67,10 +68,10 @@ class World:
             self._texts[words] = encode_prompt(self._clip, words)
         return self._texts[words]
 
-    def latent(self) -> dict[str, Tensor]:
+    def latent(self, batch: int) -> dict[str, Tensor]:
         """An empty latent of the world's size."""
         side = small_world.SIZE // 8
-        return {"samples": torch.zeros(1, 4, side, side)}
+        return {"samples": torch.zeros(batch, 4, side, side)}
 
     def terms(self, words: str, text: Rule, concept: Rule) -> tuple[GuidanceTerm, ...]:
         """Text guidance by the prior, and the concept's."""
@@ -82,15 +83,15 @@ class World:
     def stock(self, how: Sampling, seed: int) -> Tensor:
         """The stock KSampler's latent, by text guidance alone."""
         node = sys.modules["nodes"].KSampler()
-        words = _words(seed)
-        args = (seed, how.steps, TEXT, how.sampler, how.scheduler, self.text(words), self.text(""), self.latent(), 1.0)
+        words, latent = _words(seed), self.latent(how.batch)
+        args = (seed, how.steps, TEXT, how.sampler, how.scheduler, self.text(words), self.text(""), latent, 1.0)
         samples: Tensor = node.sample(self.prior, *args)[0]["samples"]
         return samples
 
     def guided(self, how: Sampling, seed: int, text: Rule, concept: Rule) -> Tensor:
         """The GCFG KSampler's latent."""
         terms = self.terms(_words(seed), text, concept)
-        args = (seed, how.steps, how.sampler, how.scheduler, self.text(""), self.latent(), 1.0)
+        args = (seed, how.steps, how.sampler, how.scheduler, self.text(""), self.latent(how.batch), 1.0)
         samples: Tensor = GCFGKSampler().sample(self.prior, *args, term_1=terms)[0]["samples"]
         return samples
 

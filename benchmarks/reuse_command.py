@@ -16,7 +16,8 @@ from .session import Session
 
 
 def reuse(
-    seeds: Annotated[int, typer.Option(min=1, help="Images for each setting, each with a prompt of its own.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, each with a prompt of its own.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a run.")] = 1,
     steps: Annotated[int, typer.Option(min=4, help="Steps of a run.")] = 25,
     sampler: Annotated[str, typer.Option(help="The solver.")] = "dpmpp_2m",
     scheduler: Annotated[str, typer.Option(help="The schedule.")] = "karras",
@@ -42,12 +43,12 @@ def reuse(
 
     from . import reuse as section  # imports ComfyUI's modules
 
-    how = section.Sampling(steps, sampler, scheduler)
+    how = section.Sampling(steps, sampler, scheduler, batch)
     with torch.inference_mode():
         world = section.World(cache)
         measured = section.measure(world, how, seeds, section.device_clock(cpu_time), rules)
     figures = section.figures(measured, seeds)
-    setting_line = {"steps": steps, "sampler": sampler, "scheduler": scheduler, "seeds": seeds}
+    setting_line = {"steps": steps, "sampler": sampler, "scheduler": scheduler, "seeds": seeds, "batch": batch}
     session.store(output / "reuse.json", setting_line, figures)
     print(table(figures))
     if plot is not None:
