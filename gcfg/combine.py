@@ -80,8 +80,8 @@ def delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
 def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
     """`pivot + sum_i w_i delta_i`, written into the deltas; the pivot is only read.
 
-    Each product and each sum is rounded by itself, as in stock guidance: `add(..., alpha=w)`, `addcmul` and `lerp` would
-    save a pass and round otherwise.
+    Each product and each sum is rounded by itself, as in stock guidance: `add(..., alpha=w)`, `addcmul` and `lerp`
+    would save a pass and round otherwise.
     """
     total: Tensor | None = None
     for step, weight in deltas:

@@ -56,4 +56,5 @@ def test_an_unknown_setting_is_refused(tmp_path):
     command = [sys.executable, "-m", "comfyui_gcfg.benchmarks", "reuse", "--setting", "never", "--device", "cpu"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("Error: --setting never: expected one of full, text2_concept3, every2,")
+    error = run.stderr.splitlines()[-1]
+    assert error.startswith("Error: --setting never: expected one of full, text2_concept3, every2, ")
