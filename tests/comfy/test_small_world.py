@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BATCH = 2
-STEPS = 6
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
