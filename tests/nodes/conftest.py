@@ -163,3 +163,9 @@ def exact(calls):
         return clone
 
     return make
+
+
+@pytest.fixture
+def base(exact, prior):
+    """The sampler's own model of those whose prediction is elementwise."""
+    return exact(prior, "prior", 0.0)

@@ -34,11 +34,6 @@ def cached(comfy):
 
 
 @pytest.fixture
-def base(exact, prior):
-    return exact(prior, "prior", 0.0)
-
-
-@pytest.fixture
 def terms(exact, concept, prompt):
     """Text on the sampler's own model, and another model."""
     other = exact(concept, "concept", 1.0)

@@ -47,11 +47,6 @@ def sweep(comfy):
 
 
 @pytest.fixture
-def base(exact, prior):
-    return exact(prior, "prior", 0.0)
-
-
-@pytest.fixture
 def terms(exact, concept, prompt):
     """Term a on the sampler's own model, b on another."""
     other = exact(concept, "concept", 1.0)
