@@ -40,8 +40,9 @@ venv: $(READY)
 demo: $(READY)
 	$(PYTHON) -m comfyui_gcfg.demo
 
+# Two processes, a file's tests in one of them: each has models of its own, so more of them would need more memory.
 test: $(READY)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 reproduce: $(READY)
 	$(PYTHON) -m comfyui_gcfg.reproduction $(ARGS)

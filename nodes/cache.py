@@ -86,8 +86,8 @@ class GCFGGuidanceCache:
                         "max": 1.0,
                         "step": 0.001,
                         "round": 0.0001,
-                        "tooltip": "Adaptive guidance: stop evaluating the unconditional prediction once every delta "
-                        "points where it did at the step before, by this cosine. 1: never.",
+                        "tooltip": "Adaptive guidance: leave out the unconditional prediction at the step after one "
+                        "at which every delta pointed where it did before, by this cosine. 1: never.",
                     },
                 ),
             }

@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# For torch here and in all that tests start: the suite's processes have a core each, small tensors gain nothing by
+# threads, and results depend on their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # `nodes/` of the pack must not shadow ComfyUI's nodes.py, however pytest was started.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -44,7 +49,9 @@ def model_folder(root):
     from comfyui_gcfg.demo import files
 
     folder = root / ".cache" / "demo" / "small" / "models"
-    files.make_small_models(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # the suite's other process may want them too
+        files.make_small_models(folder)
     return folder
 
 

@@ -53,21 +53,71 @@ CALLS = {
     "rival": [1, 1, 1],
 }
 
+RIVAL = """
+import comfy.samplers
+
+
+class Separately(comfy.samplers.CFGGuider):
+    \"\"\"The sum of ours, with every prediction in a call of its own.\"\"\"
+
+    def __init__(self, model, second, strength):
+        super().__init__(model)
+        self.second, self.strength = second, strength
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        def predict(patcher, key):
+            patcher.model.current_patcher = patcher  # as loading it for a run does
+            return comfy.samplers.calc_cond_batch(patcher.model, [self.conds[key]], x, timestep, model_options)[0]
+
+        text, base = predict(self.model_patcher, "positive"), predict(self.model_patcher, "negative")
+        other = predict(self.second, "positive")
+        return base + self.cfg * (text - base) + self.strength * (other - base)
+
+
+class Node:
+    @classmethod
+    def INPUT_TYPES(cls):
+        texts = {"positive": ("CONDITIONING",), "negative": ("CONDITIONING",)}
+        numbers = {"cfg": ("FLOAT", {}), "strength": ("FLOAT", {"default": 9.0})}
+        required = {"model": ("MODEL",), "second": ("MODEL",), **texts, **numbers}
+        return {"required": required, "optional": {"more": ("X",)}}
+
+    RETURN_TYPES, FUNCTION = ("SIGMAS", "GUIDER"), "make"
+
+    def make(self, model, second, positive, cfg, negative, strength):
+        guider = Separately(model, second, strength)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return None, guider
+
+
+NODE_CLASS_MAPPINGS = {"Rival": Node}
+"""
+
 
 def bench(*arguments, cwd):
     command = [sys.executable, "-m", "comfyui_gcfg.benchmarks", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for the small model files, made once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.slow
-def test_a_small_run_reports_every_row(commands, root):
-    printed = commands["bench"].output()
-    report = json.loads((commands["bench"].folder / "benchmarks.json").read_text())
+def test_a_small_run_reports_every_row(tmp_path, cache, root):
+    arguments = ("--small", "--repeats", "1", "--size", "64", "--device", "cpu")
+    # From the checkout: its nodes/ must not shadow ComfyUI's nodes.py.
+    run = bench(*arguments, "--output", str(tmp_path / "out"), "--cache", cache, cwd=root)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
     rows = {row["name"]: row for row in report["figures"]}
     assert set(rows) == ROWS
     assert report["setting"]["parameters"] == 25_789_444
     for name, row in rows.items():
-        assert row["text"] in printed, name
+        assert row["text"] in run.stdout, name
         assert math.isfinite(row["value"]), name
         assert row["met"] == (None if row["goal"] is None else row["value"] <= row["goal"]), name
     # What does not depend on the machine's speed.
@@ -84,9 +134,15 @@ def test_a_small_run_reports_every_row(commands, root):
 
 
 @pytest.mark.slow
-def test_the_matrix_counts_calls_and_stays_with_its_peers(commands):
-    printed, folder = commands["matrix"].output(), commands["matrix"].folder
-    report, trace = json.loads((folder / "matrix.json").read_text()), folder / "trace.json"
+def test_the_matrix_counts_calls_and_stays_with_its_peers(tmp_path, cache, root):
+    pack, trace = tmp_path / "rival", tmp_path / "trace.json"
+    pack.mkdir()
+    (pack / "__init__.py").write_text(RIVAL)
+    arguments = ["matrix", "--family", "sd15", "--size", "64", "--repeats", "1", "--device", "cpu"]
+    arguments += ["--output", str(tmp_path), "--cache", cache, "--profile", str(trace)]
+    run = bench(*arguments, "--rival", str(pack), "--rival-set", "strength=1.5", cwd=root)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "matrix.json").read_text())
     setting = "sd15, 64 px, batch 1: "
     rows = {row["name"].removeprefix(setting).removeprefix("sd15: "): row for row in report["figures"]}
     assert all(math.isfinite(row["value"]) for row in rows.values())
@@ -122,7 +178,7 @@ def test_the_matrix_counts_calls_and_stays_with_its_peers(commands):
     assert events.count("model call, batch 2") == 4
     assert events.count("model call, batch 1") == 2
     assert rows["waits_gcfg"]["value"] == rows["waits_stock"]["value"]
-    assert "| GCFG K=4, one model | 1 of batch 5 |" in printed
+    assert "| GCFG K=4, one model | 1 of batch 5 |" in run.stdout
 
 
 def relative_difference(note):

@@ -21,11 +21,6 @@ from typer.testing import CliRunner
 BATCH, STEPS = 2, 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("benchmark")

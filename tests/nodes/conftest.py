@@ -8,8 +8,6 @@ import pytest
 import torch
 from comfyui_gcfg.benchmarks.inprocess import import_comfyui
 
-torch.set_num_threads(1)  # small tensors: threads only wait for each other
-
 
 @pytest.fixture(scope="session", autouse=True)
 def comfy(comfyui_path):

@@ -6,14 +6,6 @@ from comfyui_gcfg.reproduction.prior import new_unet
 from diffusers import ControlNetModel
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def unet():
     torch.manual_seed(3)

@@ -41,7 +41,6 @@ class Vae(torch.nn.Module):
 
 
 def build(images, folder, workers=0):
-    torch.set_num_threads(1)
     vae = Vae().eval()
     recipe = Recipe(vae_fingerprint(vae), 64, "centre_crop", True)
     report = build_cache(

@@ -21,13 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 RESOLUTION = 32
 # For the processes that tests start.
-QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    """Small tensors: a second thread costs more than it brings, and results depend on the number."""
-    torch.set_num_threads(1)
+QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -39,14 +39,6 @@ def make_vae(seed=0, **config):
     ).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def vae():
     return make_vae()
@@ -519,9 +511,8 @@ def many(tmp_path):
 
 
 def run_script(*arguments, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -32,7 +32,7 @@ def torchrun():
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
         return subprocess.Popen(
             [sys.executable, *launcher, "-m", "comfyui_gcfg.training", *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

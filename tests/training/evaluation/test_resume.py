@@ -81,7 +81,7 @@ def test_two_processes_give_the_images_and_numbers_of_one(evaluation_file, tmp_p
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
     told = subprocess.run(
         [sys.executable, *launcher, "comfyui_gcfg.training", "evaluate", "tables", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
