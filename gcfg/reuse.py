@@ -114,7 +114,7 @@ class DeltaCache:
         """
         step = self._steps.at(sigma)
         if step < self._step or centre != self._centre:  # noise was added back, or deltas mean something else now
-            self._deltas, self._centre_step = {}, -1
+            self._deltas = {}
         self._step, self._centre = step, centre
         due = [member for member in members if self._due(member, sigma)]
         anchor = centre
@@ -236,11 +236,11 @@ class _Delta:
         assert self._last is not None
         if self.before is None or not self._rule.linear:
             return self._last.delta
-        return self._last.delta + (self._last.delta - self.before.delta) * max(-1.0, min(self._distance(sigma), 1.0))
+        return self._last.delta + (self._last.delta - self.before.delta) * min(self._distance(sigma), 1.0)
 
     def change_at(self, sigma: float) -> float:
         """By how much the delta has changed at `sigma`, if it goes on as it did between the two."""
-        return self.change * abs(self._distance(sigma))
+        return self.change * self._distance(sigma)
 
     def drift(self) -> Tensor:
         """float32 (2,): `change` and `cosine`, on the device."""

@@ -160,15 +160,16 @@ def test_a_run_of_rising_noise():
 
 
 def test_another_centre_begins_anew():
+    """At the third step A would rest, were its delta measured from the same centre."""
     cache = DeltaCache(Steps(SIGMAS))
-    run([A], sigmas=SIGMAS[:3], cache=cache)
-    assert cache.wanted("b", [A], 1.0) == ["a", "b"]
+    run([A], sigmas=SIGMAS[:2], cache=cache)
+    assert cache.wanted("b", [A], 2.0) == ["a", "b"]
 
 
 def test_at_noise_level_zero_all_is_evaluated_and_nothing_kept():
-    cache = DeltaCache(Steps(SIGMAS))
-    run([A], sigmas=SIGMAS[:2], cache=cache)
-    assert sorted(cache.wanted("0", [A], 0.0)) == ["0", "a"]
+    cache, rare = DeltaCache(Steps(SIGMAS)), Member("a", 5.0, Reuse(every=100))
+    run([rare], sigmas=SIGMAS[:2], cache=cache)
+    assert sorted(cache.wanted("0", [rare], 0.0)) == ["0", "a"]
     got = cache.complete({"0": X, "a": 2 * X})
     assert got["a"].equal(2 * X)
 
@@ -250,6 +251,35 @@ def test_one_term_that_turns_keeps_the_centre():
     rule = Reuse(every=1, align=0.97)
     members = [Member("a", 5.0, rule), Member("b", 1.5, rule)]
     assert run(members, deltas={"a": turning(0.1), "b": turning(0.5)})[0] == ["0ab"] * 7
+
+
+def test_one_sample_that_turns_keeps_the_centre():
+    def delta(sigma):
+        return torch.cat([turning(0.01)(sigma)[:1], turning(0.5)(sigma)[1:]])
+
+    assert run([Member("a", 5.0, Reuse(every=1, align=0.9))], deltas={"a": delta})[0] == ["0a"] * 7
+
+
+def test_the_centre_rests_inside_the_interval_only():
+    def members_at(sigma):
+        return [Member("a", 5.0, Reuse(every=1, align=-1.0), inside=sigma > 0.7)]
+
+    assert run(None, members_at=members_at)[0] == ["0a", "0a", "a", "0a", "0a", "0a", "0a"]
+
+
+def test_a_term_that_begins_keeps_the_centre():
+    rule = Reuse(every=1, align=-1.0)
+
+    def members_at(sigma):
+        return [Member("a", 5.0, rule), *([Member("b", 1.5, rule)] if sigma < 3.0 else [])]
+
+    assert run(None, members_at=members_at)[0] == ["0a", "0a", "0ab", "0ab", "ab", "0ab", "ab"]
+
+
+def test_where_the_centre_rests_the_others_follow_from_a_term_that_is_due():
+    """The better anchor, on another model, is not evaluated for that alone."""
+    members = [Member("a", 5.0, Reuse(every=1, align=-1.0)), Member("b", 1.5, Reuse(every=100, align=-1.0), apart=True)]
+    assert run(members)[0] == ["0ab", "0ab", "a", "0a", "a", "0a", "a"]
 
 
 def test_nothing_is_measured_against_a_centre_that_is_not_evaluated():
