@@ -50,7 +50,7 @@ def _attention(bench: Bench) -> list[Figure]:
         calls: dict[str, Callable[[], object]] = {}
         for flag, name in ATTENTION.items():
             calls[f"gcfg {flag}"] = partial(under, name, step)
-            calls[f"stock {flag}"] = partial(under, name, lambda: stock(guider.lanes[0], x, sigma, options))
+            calls[f"stock {flag}"] = partial(under, name, lambda: stock(guider.run.lanes[0], x, sigma, options))
         times.update(interleave(calls, bench.repeats, bench.clock, "attention"))
 
     bench.inside_run(_terms(bench, bench.concept), body)
@@ -116,7 +116,7 @@ def _run(bench: Bench, prior: Any, concept: Any) -> Times:
 
     def body(step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
         times["first"] = [bench.clock.time(step)]
-        calls = {"gcfg": step, "stock": lambda: stock(guider.lanes[0], x, sigma, options)}
+        calls = {"gcfg": step, "stock": lambda: stock(guider.run.lanes[0], x, sigma, options)}
         times.update(interleave(calls, bench.repeats, bench.clock, "compile"))
 
     bench.inside(guider, body)

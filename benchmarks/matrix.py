@@ -76,7 +76,7 @@ def _step(bench: Bench, into: Measured, counts: bool) -> None:
         with watching(_modules(bench, into.case, guider), bench.clock) as watch:
             watch.record(watched)
         into.batches = watch.batches
-        apart = bench.clock.time(lambda: separate(guider.lanes, x, sigma, options)) if into.case.ours else None
+        apart = bench.clock.time(lambda: separate(guider.run.lanes, x, sigma, options)) if into.case.ours else None
         if counts:
             into.splits += splits
             into.steps.append(splits[0].within + splits[0].around if alone is None else alone)
@@ -87,7 +87,9 @@ def _step(bench: Bench, into: Measured, counts: bool) -> None:
 
 def _modules(bench: Bench, case: Case, guider: Any) -> list[Any]:
     """The modules that a run evaluates: a clone's is its own once the run has separated it."""
-    patchers = [lane.patcher for lane in guider.lanes] if case.ours else [getattr(bench, name) for name in case.models]
+    patchers = (
+        [lane.patcher for lane in guider.run.lanes] if case.ours else [getattr(bench, name) for name in case.models]
+    )
     return [patcher.model for patcher in patchers]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
-from ..nodes.runtime.lanes import Lane, predict_all
+from ..nodes.runtime.lanes import BASE, Lane, predict
 from ..nodes.runtime.null_text import patch_null_text
 from ..nodes.runtime.sharing import addresses
 from .bench import Bench, Step
@@ -28,9 +28,9 @@ def figures(bench: Bench) -> list[Figure]:
 
     def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
         def call(lane: Lane, options: dict[str, Any]) -> Callable[[], Any]:
-            return lambda: predict_all([lane], dict.fromkeys(lane.keys, x), sigma, options)
+            return lambda: predict([lane], dict.fromkeys(lane.keys, x), BASE, sigma, options, None)
 
-        plain, null, concept = guider.lanes
+        plain, null, concept = guider.run.lanes
         calls = {
             "plain": call(plain, options),
             "patch": call(null, null.options),

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..gcfg.terms import GuidanceTerm
-from ..nodes.runtime import lanes
+from ..nodes.runtime import guider
 from ..nodes.runtime.clones import separate
 from ..nodes.runtime.sharing import addresses
 from .bench import SCALE, Bench, unload_all
@@ -70,7 +70,7 @@ def costs(bench: Bench) -> tuple[list[Cost], list[Cost]]:
 
 def not_separated() -> Any:
     """Let clones share their module within a `with` block, as a run without our separation would."""
-    return patch.object(lanes, "separate", lambda patchers, in_place=False: list(patchers))
+    return patch.object(guider, "separate", lambda patchers, in_place=False: list(patchers))
 
 
 def errors(bench: Bench) -> tuple[float, float]:

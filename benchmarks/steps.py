@@ -30,14 +30,14 @@ def figures(bench: Bench) -> list[Figure]:
     readings: list[float] = []
 
     def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
-        with watching([lane.patcher.model for lane in guider.lanes], bench.clock) as watch:
+        with watching([lane.patcher.model for lane in guider.run.lanes], bench.clock) as watch:
             watch.record(step)
             batches.extend(watch.batches)
             calls = {
                 "gcfg": lambda: splits.append(watch.split(step)),
                 "raw": watch.repeat,
-                "separate": lambda: separate(guider.lanes, x, sigma, options),
-                "stock": lambda: stock(guider.lanes[0], x, sigma, options),
+                "separate": lambda: separate(guider.run.lanes, x, sigma, options),
+                "stock": lambda: stock(guider.run.lanes[0], x, sigma, options),
                 "recorded": lambda: recorded(guider, step, bench.clock, readings),
             }
             times.update(interleave(calls, bench.repeats, bench.clock, "steps"))
@@ -96,11 +96,11 @@ def recorded(guider: GCFGGuider, step: Step, clock: Clock, seconds: list[float])
         seconds.append(clock.time(lambda: take(*args)))
 
     recorder.record = record  # type: ignore[method-assign, assignment]
-    guider.recorder = recorder
+    guider.run.recorder = recorder
     try:
         step()
     finally:
-        guider.recorder = None
+        guider.run.recorder = None
 
 
 def separate(lanes: Sequence[Lane], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import GuidanceError
 from .masks import fit_mask
-from .plan import WEIGHT_TOLERANCE, ActiveTerm, total_weight
+from .plan import WEIGHT_TOLERANCE, ActiveTerm, needs_base, total_weight
 
 
 class ShapeError(GuidanceError):
@@ -42,7 +42,9 @@ def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[
     return _sum(pivot, ((delta(prediction, pivot, term), term.weight) for prediction, term in deltas))
 
 
-def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> tuple[Tensor, float]:
+def effective_cond(
+    base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm], weight: float | None = None
+) -> tuple[Tensor, float]:
     """The one conditional prediction and scale that stand for all terms in classifier-free guidance.
 
         cond = base + sum_i (w_i / W) m_i (terms_i - base)      # W = sum_i w_i is the scale, and
@@ -55,6 +57,7 @@ def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[
         base: unconditional prediction, (B, C, *spatial).
         predictions: one conditional prediction per term.
         terms: weight, mask and label of each prediction.
+        weight: W, where it is not the sum of these weights (a term's own rule has its weight in its prediction).
 
     Returns:
         `cond` of the base's shape, and the scale.
@@ -63,8 +66,8 @@ def effective_cond(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[
         ShapeError: if shapes differ; names the term's label.
     """
     _check_shapes(base, predictions, terms)
-    weight = total_weight(terms)
-    if len(terms) == 1 and terms[0].mask is None:
+    weight = total_weight(terms) if weight is None else weight
+    if len(terms) == 1 and terms[0].mask is None and terms[0].weight == weight:
         return predictions[0], weight
     scale = weight if abs(weight) > WEIGHT_TOLERANCE else 1.0
     pairs = zip(predictions, terms, strict=True)
@@ -97,6 +100,17 @@ def pivot_index(terms: Sequence[ActiveTerm]) -> int:
     write one.
     """
     return min(range(len(terms)), key=lambda i: (terms[i].weight, -i))
+
+
+def pair(terms: Sequence[ActiveTerm]) -> tuple[ActiveTerm, ActiveTerm] | None:
+    """The positive and the negative of two terms that are stock guidance with a negative prompt; None for others.
+
+    D_neg + w (D_pos - D_neg) = w D_pos + (1 - w) D_neg         # Eq. 7, weights w and 1 - w, no masks
+    """
+    if len(terms) != 2 or needs_base(terms):
+        return None
+    negative = pivot_index(terms)
+    return terms[1 - negative], terms[negative]
 
 
 def _pivot(

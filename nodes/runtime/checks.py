@@ -78,19 +78,14 @@ def warn_idle(idle: Sequence[ScheduledTerm]) -> None:
         )
 
 
-def warn_ignored_hooks(lanes: Sequence[Any], hooks: Sequence[str]) -> None:
-    """Say that guidance hooks (rescale, thresholding ...) act once, on the whole sum, from the sampled model only."""
-    for lane in lanes[1:]:
-        found = [hook for hook in hooks if hook in lane.patcher.model_options]
-        found = [hook for hook in found if lane.patcher.model_options[hook] is not None]
-        base = lanes[0].patcher.model_options
-        if any(base.get(hook) is None for hook in found):
-            logging.warning(
-                "GCFG: a term's model (%s) carries guidance hooks (%s) that are not used; put them on the model of the "
-                "sampler, where they act on the whole sum.",
-                type(lane.patcher.model).__name__,
-                ", ".join(found),
-            )
+def warn_override(terms: int) -> None:
+    """Say that a cfg which a wrapper of the sampler's model sets cannot stand for several weights."""
+    logging.warning(
+        "GCFG: CFG Override (or another node that sets the cfg of a run) on the sampler's model is ignored, because %d "
+        "terms act and it gives one weight; put the node on the model of the one term that it is for, or set the "
+        "weights' intervals and curves in the Guidance Term nodes.",
+        terms,
+    )
 
 
 def _check_latent_format(name: str, model: Any, base: Any) -> None:

@@ -5,6 +5,9 @@ patches, loaded together, silently evaluate the same weights (whichever was load
 one keeps the shared module, and each differing one gets a private copy of the *clean* module, which ComfyUI then loads
 and patches like any other model. The copy's parameters share storage with the original until they are patched or
 moved, so on the CPU it costs the patched weights, and on a GPU one more model. It lives as long as its patcher.
+
+A difference that is no weight (another `model_sampling`, a function in a method's place) needs no copy: `placing` puts
+it in place around each evaluation.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import torch
 
 from ...gcfg.errors import GuidanceError
 from . import compiled
+from .hooks import without_hooks
 from .versions import is_dynamic, unload
 
-# What changes the weights or modules that an evaluation sees, besides `patches`.
-_WEIGHT_STATE = ("object_patches", "weight_wrapper_patches", "injections")
+# What changes the weights that an evaluation sees, besides `patches` and object patches that bring weights.
+_WEIGHT_STATE = ("weight_wrapper_patches", "injections")
 _OPTIONS = ("model_options", "wrappers", "callbacks")
+_EVALUATION = ("apply_model", "diffusion_model")  # kinds of wrappers that stand around the module itself
 
 _copies: WeakKeyDictionary[Any, tuple[bool, Any]] = WeakKeyDictionary()
 # What stood in a patcher before its compiled parts were made its own, so that it is still known as a copy of another.
@@ -65,9 +70,24 @@ def same_weights(a: Any, b: Any) -> bool:
     return a is b or (a.model is b.model and _same_state(a, b))
 
 
-def same_options(a: Any, b: Any) -> bool:
-    """Whether two patchers call their model in the same way: options, wrappers, callbacks, all the same objects."""
-    return all(identical(_held(a, name), _held(b, name)) for name in _OPTIONS)
+def same_calls(a: Any, b: Any) -> bool:
+    """Whether two patchers of the same weights call them in the same way; guidance hooks act after the calls."""
+    return (
+        identical(without_hooks(a.model_options), without_hooks(b.model_options))
+        and all(identical(_held(a, name), _held(b, name)) for name in _OPTIONS[1:])
+        and identical(object_patches_in_place(a), object_patches_in_place(b))
+    )
+
+
+def object_patches_in_place(patcher: Any) -> dict[str, Any]:
+    """The object patches that bring no weights of their own, which can be put in place around each call."""
+    return {key: value for key, value in _held(patcher, "object_patches").items() if not _brings_weights(value)}
+
+
+def _brings_weights(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, torch.nn.Module) and any(True for _ in value.parameters())
+    )
 
 
 def identical(a: Any, b: Any) -> bool:
@@ -86,6 +106,7 @@ def identical(a: Any, b: Any) -> bool:
 def _same_state(a: Any, b: Any) -> bool:
     return (
         identical(a.patches, b.patches)
+        and identical(*({k: v for k, v in _held(p, "object_patches").items() if _brings_weights(v)} for p in (a, b)))
         and all(identical(_held(a, name), _held(b, name)) for name in _WEIGHT_STATE)
         and getattr(a, "force_cast_weights", False) == getattr(b, "force_cast_weights", False)
     )
@@ -106,7 +127,7 @@ def _cached_copy(patcher: Any, in_place: bool) -> Any:
 
 def _on_module_of(private: Any, patcher: Any) -> Any:
     """A patcher whose options are those of `patcher` today and whose module is the private one."""
-    if same_options(private, patcher):
+    if all(identical(_held(private, name), _held(patcher, name)) for name in (*_OPTIONS, "object_patches")):
         return private
     fresh = patcher.clone()
     fresh.model = private.model
@@ -124,10 +145,10 @@ _MODULE_STATE = ("backup", "backup_buffers", "object_patches_backup", "hook_back
 
 def _private_copy(patcher: Any, in_place: bool) -> Any:
     name = type(patcher.model).__name__
+    unload(patcher)  # first, or its own patches, installed, would pass for parts of the shared module
+    _refuse_captured_modules(patcher, name)
     if is_dynamic(patcher):
         return _compile_own(_reloaded(patcher, name), patcher.model)
-    _refuse_captured_modules(patcher, name)
-    unload(patcher)
     private = patcher.clone()
     private.model = _copy_module(patcher.model, share_storage=not (in_place or patcher.weight_inplace_update))
     private.parent = None
@@ -186,46 +207,66 @@ def _copy_module(model: torch.nn.Module, share_storage: bool) -> torch.nn.Module
 def _refuse_captured_modules(patcher: Any, name: str) -> None:
     """An object patch that holds on to a piece of the shared module would go on using the shared weights."""
     shared = {id(module) for module in patcher.model.modules()} | {id(p) for p in patcher.model.parameters()}
-    for wrapper in compiled.foreign(patcher):
-        if any(id(compiled.original(part)) in shared for part in _reachable(wrapper)):
+    for kind, wrapper in compiled.foreign(patcher):
+        parts = list(reachable(wrapper))
+        if any(id(compiled.original(part)) in shared for part in parts):
             raise GuidanceError(
                 f"GCFG: {name} is used twice with different patches, and a wrapper holds the shared model as "
                 f"torch.compile made it, so the two cannot be separated; compile with the node TorchCompileModel, or "
                 f"load the model for one of the terms from a second file."
             )
+        if kind in _EVALUATION and any(id(part) in shared for part in parts):
+            raise GuidanceError(
+                f"GCFG: {name} is used twice with different patches, and a wrapper of one "
+                f"({called(wrapper)}) holds a part of the shared model, so it would act on the wrong weights; load "
+                f"the model for one of the terms from a second file."
+            )
     for key, value in patcher.object_patches.items():
         if compiled.is_part(value, patcher.model, key):
             continue  # compiled again for the copy
-        if any(id(part) in shared for part in _reachable(value)):
+        if any(id(part) in shared for part in reachable(value)):
             raise GuidanceError(
                 f"GCFG: {name} is used twice with different patches, and the patch on '{key}' holds a part of the "
                 f"shared model, so the two cannot be separated; load the model for one of the terms from a second file."
             )
 
 
-def _reachable(value: Any, depth: int = 4) -> Iterator[Any]:
-    """Modules and parameters that an object patch can get at: itself, bound methods, closures, partials, attributes."""
-    yield value
-    if isinstance(value, torch.nn.Module):
-        yield from value.modules()
-        yield from value.parameters()
-    if depth == 0 or isinstance(value, (torch.Tensor, str, int, float, type, types.ModuleType)):
-        return
-    inner: list[Any] = []
+def called(function: Any) -> str:
+    """What a person can recognise a wrapper by: its module and its name."""
+    thing = function if hasattr(function, "__qualname__") else type(function)
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def reachable(value: Any, depth: int = 4) -> Iterator[Any]:
+    """What a patch can get at: itself, modules and parameters, bound methods, closures, partials, attributes."""
+    seen: set[int] = set()
+    level = [value]
+    for _ in range(depth + 1):
+        level = [thing for thing in level if id(thing) not in seen]
+        seen.update(map(id, level))
+        yield from level
+        level = [part for thing in level for part in _parts(thing)]
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (torch.Tensor, str, int, float, type, types.ModuleType)):
+        return []
+    if hasattr(value, "is_clone"):  # a patcher: what holds one asks it for settings
+        return []
+    inner: list[Any] = [*value.modules(), *value.parameters()] if isinstance(value, torch.nn.Module) else []
     if isinstance(value, types.MethodType):
-        inner = [value.__self__, value.__func__]
+        inner += [value.__self__, value.__func__]
     elif isinstance(value, functools.partial):
-        inner = [value.func, *value.args, *value.keywords.values()]
+        inner += [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.FunctionType):
-        inner = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        inner += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
     elif isinstance(value, dict):
-        inner = list(value.values())
+        inner += value.values()
     elif isinstance(value, (list, tuple, set)):
-        inner = list(value)
+        inner += value
     elif hasattr(value, "__dict__"):
-        inner = list(vars(value).values())
-    for part in inner:
-        yield from _reachable(part, depth - 1)
+        inner += vars(value).values()
+    return inner
 
 
 def _filled(cell: types.CellType) -> bool:

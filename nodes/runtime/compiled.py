@@ -54,15 +54,15 @@ def compiled_parts(wrapper: Any) -> dict[str, nn.Module]:
     return {key: part for parts in held for key, part in parts.items() if original(part) is not None}
 
 
-def foreign(patcher: Any) -> Iterator[Any]:
-    """Wrappers of a patcher other than ComfyUI's own, which may hold a compiled module that cannot be reached."""
+def foreign(patcher: Any) -> Iterator[tuple[str, Any]]:
+    """(kind, wrapper) of a patcher other than ComfyUI's own, which may hold a module that cannot be exchanged."""
     for kind, named in getattr(patcher, "wrappers", {}).items():
         for name, wrappers in named.items():
             for wrapper in wrappers:
                 if (kind, name) != _WRAPPED or not compiled_parts(wrapper):
-                    yield wrapper
+                    yield kind, wrapper
     if "model_function_wrapper" in patcher.model_options:
-        yield patcher.model_options["model_function_wrapper"]
+        yield _WRAPPED[0], patcher.model_options["model_function_wrapper"]
 
 
 def warn_lost_patches(patchers: Iterable[Any]) -> None:

@@ -1,180 +1,260 @@
-"""The models of one run: which terms are evaluated together, and with what.
+"""The models of one run: which predictions are evaluated together, and how.
 
 A lane is a set of predictions that use the same weights and options, so that one call can batch them. The first lane is
-that of the unconditional model; stock sampling prepares it, the others are prepared here, each with its own options,
-hooks and conditionings.
+that of the unconditional model, which stock sampling prepares.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.samplers
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import versions
-from .clones import same_options, same_weights, separate
-from .sharing import share_equal
+from . import hooks, placing, versions
+from .clones import same_calls, same_weights
+from .index import reads_index
 
 BASE = "negative"  # the names that previews and other packs read from a guider
 FIRST = "positive"
+PREDICT = "predict_noise"  # a kind of wrapper: around a guider's whole prediction
+
+Predictions = dict[str, Tensor]
 
 
-@dataclass(eq=False)
+def takes(a: Any, b: Any) -> bool:
+    """Whether predictions of two patchers may share a call."""
+    return a is b or (same_weights(a, b) and same_calls(a, b))
+
+
 class Lane:
     """Predictions of one model with one set of options.
 
-    Attributes:
-        patcher: the model.
-        keys: the names of its conditionings, in the order of the terms; `BASE` is the unconditional one.
-        conds: its processed conditionings by key, filled while a run is on.
-        options: its model options for this run.
-    """
-
-    patcher: Any
-    keys: list[str] = field(default_factory=list)
-    conds: dict[str, list[dict]] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def takes(self, patcher: Any) -> bool:
-        """Whether a prediction of that model may share this lane's calls."""
-        return patcher is self.patcher or (same_weights(patcher, self.patcher) and same_options(patcher, self.patcher))
-
-
-def build_lanes(base: Any, models: Sequence[Any], keys: Sequence[str], in_place: bool) -> list[Lane]:
-    """Sort the terms into lanes.
-
     Args:
-        base: the unconditional model.
-        models: each term's model.
-        keys: each term's conditioning key.
-        in_place: whether weight hooks write into weights while sampling.
+        guider: what the model's wrappers know as their guider: the sampler's own, or a `TermGuider`.
+        keys: the names of its predictions, in the order of the terms; `BASE` is the unconditional one.
+        name: of its first term, for messages.
     """
-    patchers = separate([base, *models], in_place)
-    share_equal(patchers)
-    lanes = [Lane(patchers[0], [BASE])]
-    for patcher, key in zip(patchers[1:], keys, strict=True):
-        lane = next((lane for lane in lanes if lane.takes(patcher)), None)
-        if lane is None:
-            lane = Lane(patcher)
-            lanes.append(lane)
-        lane.keys.append(key)
-    return lanes
 
+    def __init__(self, guider: comfy.samplers.CFGGuider, keys: Sequence[str], name: str = "") -> None:
+        self.guider = guider
+        self.keys = list(keys)
+        self.name = name
+        self.options = guider.model_options  # of this run, once it is prepared
+        self.functions = placing.functions_in_place()
+        self._beside: dict[str, Any] = {}
+        self.begun = False
+        self.reads_index = reads_index(guider.model_patcher)
 
-def load_lanes(lanes: Sequence[Lane], noise_shape: Sequence[int], further: Sequence[Any]) -> None:
-    """Load every model of the run with one request, so that none evicts another.
+    @property
+    def patcher(self) -> Any:
+        """The model."""
+        return self.guider.model_patcher
 
-    The lanes are evaluated one after the other, so the activations of the hungriest one are what must fit beside all
-    weights.
+    @property
+    def conds(self) -> dict[str, list[dict]]:
+        """Its conditionings by key, processed for the model while a run is on."""
+        return self.guider.conds
 
-    Args:
-        lanes: all lanes.
-        noise_shape: shape of the latent batch.
-        further: what stock sampling loaded (ControlNets ...), kept in the same request.
-    """
-    estimates = [versions.memory_to_sample(lane.patcher, noise_shape, lane.conds) for lane in lanes]
-    owners: list[Any] = []
-    patch_models: list[Any] = []
-    for lane in lanes:
-        if all(owner.model is not lane.patcher.model for owner in owners):
-            owners.append(lane.patcher)
-        else:  # clones of equal weights are loaded once; what hangs on the others still has to be moved
-            patch_models += versions.move_patches(lane.patcher)
-    versions.load_models([*owners, *patch_models, *further], *(max(column) for column in zip(*estimates, strict=True)))
-    _say_what_does_not_fit(owners)
+    def placed_beside(self, owner: Any) -> None:
+        """Note what has to be put in place around this lane's calls on the module that `owner` has loaded."""
+        self._beside = {} if owner is self.patcher else placing.object_patches_beside(owner, self.patcher)
+        for value in self._beside.values():
+            if isinstance(value, nn.Module):
+                value.to(self.patcher.load_device)
 
+    def leave(self) -> None:
+        """Put back what was moved for the run."""
+        for value in self._beside.values():
+            if isinstance(value, nn.Module):
+                value.to(self.patcher.offload_device)
+        self._beside = {}
 
-def _say_what_does_not_fit(patchers: Sequence[Any]) -> None:
-    """One line where ComfyUI could not load all weights, since that makes every step slower."""
-    needed = sum(patcher.model_size() for patcher in patchers)
-    left = sum(map(versions.left_in_ram, patchers))
-    if left:
-        logging.warning(
-            "GCFG: this run's models (%d) take %s, of which %s fit in free memory: ComfyUI keeps %s in RAM and "
-            "copies it to the device at every step, which gives the same image slowly; for speed load terms with "
-            "an fp8 weight_dtype (where Load Concept UNet offers it), use fewer models, or make a smaller image.",
-            len(patchers),
-            *(_size(size) for size in (needed, needed - left, left)),
+    @property
+    def _wants_uncond(self) -> bool:
+        """Whether a patch needs the unconditional beside each of a further model's predictions."""
+        return (
+            self.reads_index
+            and BASE in self.conds
+            and bool(self.patcher.model_options.get("disable_cfg1_optimization"))
         )
 
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether a further model's own wrappers stand around its prediction, and may change its weight."""
+        return isinstance(self.guider, TermGuider) and bool(versions.wrappers(PREDICT, self.guider.model_options))
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Have the module and ComfyUI's functions be this lane's within the block."""
+        with placing.functions(self.functions), placing.attributes(self.patcher.model, self._beside):
+            previous = versions.activate(self.patcher)
+            try:
+                yield
+            finally:
+                if previous is not None:
+                    versions.activate(previous)
+
+    def predictions(
+        self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+    ) -> Predictions:
+        """Denoised predictions of some of its conditionings, in as few calls as its options allow.
+
+        Args:
+            keys: which.
+            uncond: the key that counts as the unconditional prediction of a call.
+            x: noisy latents, (B, C, *spatial).
+            sigma: (B,), all equal.
+            options: the model's options at this step.
+            seed: of the run.
+        """
+        terms = [key for key in keys if key != uncond]
+        beside = uncond if uncond in keys else BASE if self._wants_uncond else None
+        if len(terms) > 1 and not self._batches(terms, options):
+            calls = [([key], beside if number == 0 or self.reads_index else None) for number, key in enumerate(terms)]
+        else:
+            calls = [(terms, beside)]
+        found: Predictions = {}
+        for together, other in calls:
+            places = [*together, other] if other is not None else together
+            found.update(zip(places, self._evaluate(together, other, x, sigma, options, seed), strict=True))
+        return {key: found[key] for key in keys}
+
+    def predictions_wrapped(self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, seed: Any) -> Predictions:
+        """The same inside the wrappers of a further model's own, which know one term's prediction each."""
+        if not self.is_wrapped:
+            return self.predictions(keys, uncond, x, sigma, self.options, seed)
+        guider, (key,) = self.guider, keys
+        assert isinstance(guider, TermGuider)
+        guider.predict = lambda x, sigma, options, seed: self.predictions([key], uncond, x, sigma, options, seed)[key]
+        return {key: guider(x, sigma, self.options, seed)}
+
+    def _batches(self, terms: Sequence[str], options: dict[str, Any]) -> bool:
+        """ControlNets, patches that read the index and replaced functions know only cond and uncond."""
+        return not (
+            self.reads_index
+            or "sampler_calc_cond_batch_function" in options
+            or placing.is_replaced(comfy.samplers.sampling_function)
+            or any("control" in entry for term in terms for entry in self.conds[term])
+        )
+
+    def _evaluate(
+        self, terms: Sequence[str], uncond: str | None, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+    ) -> list[Tensor]:
+        """The predictions of one call: of the terms, and of the unconditional last, so that it comes first in the batch."""
+        model = self.patcher.model
+        if placing.is_replaced(comfy.samplers.sampling_function):
+            return self._through_sampling_function(terms, uncond, x, sigma, options, seed)
+        if len(terms) > 1:
+            places = [*terms, *([] if uncond is None else [uncond])]
+            marked = _with_stock_indices(options, None if uncond is None else len(terms))
+            return list(comfy.samplers.calc_cond_batch(model, [self.conds[key] for key in places], x, sigma, marked))
+        # In stock form: the place of what is not evaluated stays.
+        pair = [self.conds[terms[0]] if terms else None, None if uncond is None else self.conds[uncond]]
+        if "sampler_calc_cond_batch_function" in options:
+            args = {"conds": pair, "input": x, "sigma": sigma, "model": model, "model_options": options}
+            out = options["sampler_calc_cond_batch_function"](args)
+        else:
+            out = comfy.samplers.calc_cond_batch(model, pair, x, sigma, options)
+        return [prediction for prediction, cond in zip(out, pair, strict=False) if cond is not None]
+
+    def _through_sampling_function(
+        self, terms: Sequence[str], uncond: str | None, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+    ) -> list[Tensor]:
+        """The same through what a pack put in the place of ComfyUI's `sampling_function`, which sees stock guidance."""
+        taken: list[Tensor] = []
+        options = hooks.taking(options, lambda *predictions: taken.extend(predictions))
+        if not terms:
+            options = _with_stock_indices(options, 0)
+        cond, other = (self.conds[terms[0]], uncond) if terms else (self.conds[uncond or BASE], None)
+        comfy.samplers.sampling_function(
+            self.patcher.model,
+            x,
+            sigma,
+            None if other is None else self.conds[other],
+            cond,
+            1.0 if other is None else 2.0,  # at 1 stock guidance leaves the unconditional out
+            model_options=options,
+            seed=seed,
+        )
+        return taken[: 1 if other is None else 2]
 
 
-def predict_all(lanes: Sequence[Lane], wanted: dict[str, Tensor], sigma: Tensor, options: dict) -> dict[str, Tensor]:
+class Weight(float):
+    """A guider's `cfg` as the terms give it; a plain number in its place is what a wrapper set."""
+
+
+class TermGuider(comfy.samplers.CFGGuider):
+    """A further model as its own wrappers see it: a guider whose prediction is one term's.
+
+    Args:
+        patcher: the model.
+        conds: its conditionings, as a guider holds them before they are processed.
+
+    Attributes:
+        predict: evaluates it without its wrappers.
+        override: the weight that a wrapper set while it was evaluated last, or None.
+    """
+
+    def __init__(self, patcher: Any, conds: dict[str, list[dict]]) -> None:
+        super().__init__(patcher)
+        self.conds = conds
+        self.inner_model = patcher.model
+        self.predict: Callable[..., Tensor] | None = None
+        self.override: float | None = None
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
+        """The term's prediction D_i, without the sum."""
+        assert self.predict is not None
+        self.override = None if isinstance(self.cfg, Weight) else self.cfg
+        return self.predict(x, timestep, model_options or {}, seed)
+
+
+def predict(
+    lanes: Sequence[Lane], wanted: dict[str, Tensor], uncond: str, sigma: Tensor, options: dict[str, Any], seed: Any
+) -> Predictions:
     """Denoised predictions at one noise level, each conditioning's at its own latents.
 
     Args:
         lanes: all lanes, the unconditional model's first.
         wanted: noisy latents (B, C, *spatial) by key; keys of one tensor are evaluated together.
+        uncond: the key that counts as unconditional: of the unconditional itself, or of a pair's negative term.
         sigma: (1,) or more, all equal.
         options: the sampled model's options at this step.
+        seed: of the run.
 
     Returns:
         A prediction per key, of its latents' shape.
     """
-    predictions: dict[str, Tensor] = {}
+    found: Predictions = {}
     for lane in reversed(lanes):  # the base last: hooks that evaluate the model again find it active
-        versions.activate(lane.patcher)
         keys = [key for key in lane.keys if key in wanted]
-        for x in {id(wanted[key]): wanted[key] for key in keys}.values():
-            together = [key for key in keys if wanted[key] is x]
-            sigmas = sigma if len(sigma) == len(x) else sigma[:1].expand(len(x))
-            lane_options = options if lane is lanes[0] else lane.options
-            predictions.update(_predict(lane, together, x, sigmas, lane_options))
-    return predictions
+        if not keys:
+            continue
+        with lane.at_work():
+            for x in {id(wanted[key]): wanted[key] for key in keys}.values():
+                together = [key for key in keys if wanted[key] is x]
+                sigmas = sigma if len(sigma) == len(x) else sigma[:1].expand(len(x))
+                if isinstance(lane.guider, TermGuider):
+                    found.update(lane.predictions_wrapped(together, uncond, x, sigmas, seed))
+                else:
+                    found.update(lane.predictions(together, uncond, x, sigmas, options, seed))
+    return found
 
 
-def _predict(lane: Lane, keys: Sequence[str], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
-    """Denoised predictions of some of a lane's conditionings, in as few calls as its options allow."""
-    terms = [key for key in keys if key != BASE]
-    base = lane.conds[BASE] if BASE in keys else None
-    calls = [terms] if _batchable(lane, terms, options) else [[term] for term in terms]
-    predictions: dict[str, Tensor] = {}
-    for number, call in enumerate(calls or [[]]):
-        # Stock order: conditional first, unconditional second; further terms follow.
-        conds = [lane.conds[call[0]] if call else None, base if number == 0 else None]
-        conds += [lane.conds[key] for key in call[1:]]
-        out = _calc(lane.patcher.model, conds, x, sigma, options)
-        if number == 0 and base is not None:
-            predictions[BASE] = out[1]
-        predictions.update(zip(call, [out[0], *out[2:]], strict=False))
-    return predictions
+def _with_stock_indices(options: dict[str, Any], uncond: int | None) -> dict[str, Any]:
+    """Options under which patches see only the indices they know: 0 for every term, 1 for the unconditional.
 
-
-def _batchable(lane: Lane, terms: Sequence[str], options: dict[str, Any]) -> bool:
-    """ControlNets and replaced batch functions see the index of a conditioning and know only cond and uncond."""
-    if "sampler_calc_cond_batch_function" in options:
-        return False
-    return len(terms) < 2 or not any("control" in entry for term in terms for entry in lane.conds[term])
-
-
-def _calc(model: Any, conds: list[Any], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> list[Any]:
-    if "sampler_calc_cond_batch_function" in options:
-        args = {"conds": conds, "input": x, "sigma": sigma, "model": model, "model_options": options}
-        return list(options["sampler_calc_cond_batch_function"](args))
-    if len(conds) == 2:
-        return list(comfy.samplers.calc_cond_batch(model, conds, x, sigma, options))
-    # Without the unconditional its place stays out: stock code would make tensors for it.
-    places = [place for place, cond in enumerate(conds) if cond is not None]
-    wanted = [conds[place] for place in places]
-    out = comfy.samplers.calc_cond_batch(model, wanted, x, sigma, _with_stock_indices(options, places))
-    found = dict(zip(places, out, strict=True))
-    return [found.get(place) for place in range(len(conds))]
-
-
-def _with_stock_indices(options: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    """Options under which patches see only the indices they know: 0 for every term, 1 for the unconditional."""
+    Args:
+        options: a model's options.
+        uncond: the unconditional's place among the conditionings of the call, if it is among them.
+    """
     previous = options.get("model_function_wrapper")
 
     def call(apply_model: Any, args: dict[str, Any]) -> Tensor:
-        indices = [1 if places[index] == 1 else 0 for index in args["cond_or_uncond"]]
+        indices = [1 if index == uncond else 0 for index in args["cond_or_uncond"]]
         args["cond_or_uncond"] = indices
         args["c"]["transformer_options"]["cond_or_uncond"] = indices[:]
         if previous is not None:
@@ -193,13 +273,3 @@ def covers(conds: Sequence[dict], sigma: float) -> bool:
         )
         for cond in conds
     )
-
-
-def has_range(conds: Sequence[dict]) -> bool:
-    """Whether any conditioning is limited to a part of the sampling."""
-    return any("timestep_start" in cond or "timestep_end" in cond for cond in conds)
-
-
-def holds_image(latent: Tensor | None) -> bool:
-    """Whether a latent is more than zeros (stock sampling does not shift an empty one)."""
-    return latent is not None and bool(torch.count_nonzero(latent) > 0)

@@ -3,13 +3,14 @@
 Every cell runs the stock solver for itself and gets what the GCFG KSampler with its weights would give. Cells of one
 round are evaluated in one call per model, and cells whose weights did not differ yet (all of them at the first step)
 share one prediction.
+
+Guidance nodes and caches may keep what they saw at the last step, so with one on any model each cell is a run of its own.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
@@ -18,10 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...gcfg.lockstep import RandomState, run_in_step
-from ...gcfg.plan import ActiveTerm, GuidancePlan
+from ...gcfg.plan import GuidancePlan
 from ...gcfg.terms import GuidanceTerm
+from . import hooks
 from .guider import GCFGGuider
-from .lanes import predict_all
+from .lanes import BASE, predict
+from .run import Run, Step
 
 
 class SweepGuider(GCFGGuider):
@@ -55,10 +58,37 @@ class SweepGuider(GCFGGuider):
         """
         if sigmas.shape[-1] == 0:
             return torch.cat([latent_image] * len(self.cells))
+        if any(_keeps_state(group.patcher) for group in self.groups):
+            return self._one_by_one(noise, latent_image, sampler, sigmas, *args, **kwargs)
         return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
+
+    def _one_by_one(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every cell as a run of its own."""
+        callback, results = kwargs.pop("callback", None), []
+        device = noise.device
+        random = RandomState.take(self.model_patcher.load_device)
+        each = len(sigmas) - 1
+        for number, weights in enumerate(self.cells):
+
+            def told(i: int, denoised: Any, x: Any, steps: int, number: int = number) -> None:
+                if callback is not None:
+                    callback(number * each + i, denoised, x, len(self.cells) * each)
+
+            terms = [replace(scheduled.term, weight=w) for scheduled, w in zip(self.plan.terms, weights, strict=True)]
+            cell = GCFGGuider(self.model_patcher, self.unconditional, terms, self.node)
+            random.restore()
+            results.append(cell.sample(noise, latent_image, sampler, sigmas, *args, callback=told, **kwargs).to(device))
+        return torch.cat(results)
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
         return (min(self.at_once, len(self.cells)) * noise.shape[0], *noise.shape[1:])
+
+
+def _keeps_state(patcher: Any) -> bool:
+    """Whether nodes on a model may carry something from step to step, which cells in step would mix."""
+    around_runs = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise", "calc_cond_batch")
+    wrappers = getattr(patcher, "wrappers", {})
+    return hooks.has_hooks(patcher.model_options) or any(any(wrappers.get(kind, {}).values()) for kind in around_runs)
 
 
 class _EachCell(comfy.samplers.Sampler):
@@ -79,7 +109,9 @@ class _EachCell(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """Sample every cell from the same noise."""
-        plans = [self.guider.step_plan.with_weights(weights) for weights in self.guider.cells]
+        run = self.guider.run
+        assert run is not None
+        plans = [run.plan.with_weights(weights) for weights in self.guider.cells]
         total, done = len(plans) * (len(sigmas) - 1), 0
         random = RandomState.take(noise.device)
         results: list[Tensor] = []
@@ -95,11 +127,11 @@ class _EachCell(comfy.samplers.Sampler):
 
             def sample_cell(ask: Callable[[_Question], Tensor]) -> Tensor:
                 args = {**extra_args, "model_options": dict(extra_args.get("model_options", {}))}
-                model = _asking(model_wrap, ask)
+                model = _CellGuider(self.guider, ask)
                 return self.sampler.sample(model, sigmas, args, step, noise.clone(), latent_image, denoise_mask, True)
 
             for first in range(0, len(plans), self.guider.at_once):
-                chunk = _Chunk(model_wrap, plans[first : first + self.guider.at_once])
+                chunk = _Chunk(run, plans[first : first + self.guider.at_once], extra_args.get("seed"))
                 random.restore()  # every cell draws the numbers of a run alone, whichever chunk it is in
                 results += run_in_step([sample_cell] * len(chunk.plans), chunk.answer, noise.device)
         return torch.cat(results)
@@ -114,12 +146,24 @@ class _Question:
     options: dict[str, Any]
 
 
+class _CellGuider(comfy.samplers.CFGGuider):
+    """The guider as one cell's solver sees it: its predictions come from `ask`."""
+
+    def __init__(self, guider: SweepGuider, ask: Callable[[_Question], Tensor]) -> None:
+        super().__init__(guider.model_patcher)
+        self.inner_model, self.conds, self.cfg, self.ask = guider.inner_model, guider.conds, guider.cfg, ask
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
+        """The cell's guided prediction."""
+        return self.ask(_Question(x, timestep, model_options or {}))
+
+
 class _Chunk:
     """The cells that are evaluated together."""
 
-    def __init__(self, guider: GCFGGuider, plans: Sequence[GuidancePlan]) -> None:
-        self.guider, self.plans = guider, plans
-        self._caches = [guider.new_cache() for _ in plans]
+    def __init__(self, run: Run, plans: Sequence[GuidancePlan], seed: Any) -> None:
+        self.run, self.plans, self.seed = run, plans, seed
+        self._caches = [run.new_cache() for _ in plans]
         # Cells of one group have had the same weights so far, so their latents are the same.
         self._group = [0] * len(plans)
         self._groups: dict[Any, int] = {}
@@ -135,43 +179,27 @@ class _Chunk:
         return [answers[cell] for cell, _ in questions]
 
     def _answer(self, questions: list[tuple[int, _Question]]) -> dict[int, Tensor]:
-        guider, asked = self.guider, dict(questions)
+        run, asked = self.run, dict(questions)
         first: dict[int, int] = {}
         evaluated = {cell: first.setdefault(self._group[cell], cell) for cell in asked}  # the group's first cell
-        terms: dict[int, tuple[ActiveTerm, ...]] = {}
-        keys: dict[int, list[str]] = {}
+        steps: dict[int, Step] = {}
         rows: dict[str, dict[int, None]] = {}  # for each key the cells that it is evaluated for, in order
-        for cell, question in questions:
-            terms[cell], keys[cell] = guider.wanted(
-                self.plans[cell], self._caches[cell], question.sigma, question.options
-            )
-            for key in keys[cell]:
+        for cell, q in questions:
+            steps[cell] = run.step(self.plans[cell], self._caches[cell], q.sigma, q.options)
+            for key in steps[cell].wanted:
                 rows.setdefault(key, {})[evaluated[cell]] = None
         batches = {tuple(cells): torch.cat([asked[cell].x for cell in cells]) for cells in rows.values()}
         question = questions[0][1]
         wanted = {key: batches[tuple(cells)] for key, cells in rows.items()}
-        predictions = predict_all(guider.lanes, wanted, question.sigma, question.options)
+        predictions = predict(run.lanes, wanted, BASE, question.sigma, question.options, self.seed)
         parts = {
             key: dict(zip(rows[key], prediction.split(len(question.x)), strict=True))
             for key, prediction in predictions.items()
         }
         answers = {}
-        for cell, question in questions:
-            own = {key: parts[key][evaluated[cell]] for key in keys[cell]}
-            answers[cell] = guider.guided(
-                own, self._caches[cell], terms[cell], question.x, question.sigma, question.options
-            )
-            weights = tuple((term.index, term.weight) for term in terms[cell])
+        for cell, q in questions:
+            own = {key: parts[key][evaluated[cell]] for key in steps[cell].wanted}
+            answers[cell] = run.combined(steps[cell], own, self._caches[cell], q.x, q.sigma, q.options)
+            weights = tuple((term.index, term.weight) for term in steps[cell].acting)
             self._group[cell] = self._groups.setdefault((self._group[cell], weights), len(self._groups) + 1)
         return answers
-
-
-def _asking(guider: GCFGGuider, ask: Callable[[_Question], Tensor]) -> GCFGGuider:
-    """The guider as one cell's solver sees it: its predictions come from `ask`, through the same wrappers."""
-    cell = copy.copy(guider)
-
-    def predict_noise(x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
-        return ask(_Question(x, timestep, model_options or {}))
-
-    cell.predict_noise = predict_noise  # type: ignore[method-assign]
-    return cell

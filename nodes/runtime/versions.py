@@ -97,20 +97,72 @@ def has_weight_hooks(conds: dict[str, list[dict]]) -> bool:
     return False
 
 
-def prepare_options(patcher: Any, conds: dict[str, list[dict]], sigmas: Any, device: Any) -> dict[str, Any]:
-    """A run's own copy of a model's options, with the hooks of its conditionings registered and moved to the device."""
+def wrappers(kind: str, options: dict[str, Any]) -> list[Any]:
+    """The wrappers of a kind among a model's options in a run."""
     if not HAS_HOOKS:
-        options = dict(patcher.model_options)
-        options["transformer_options"] = dict(options.get("transformer_options", {}))
-        return options
-    import comfy.model_patcher
+        return []
+    import comfy.patcher_extension
 
-    options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+    found: list[Any] = comfy.patcher_extension.get_all_wrappers(kind, options, is_model_options=True)
+    return found
+
+
+def wrapped(kind: str, options: dict[str, Any], function: Any, owner: Any = None) -> Any:
+    """The function inside the wrappers of that kind, as stock sampling calls it.
+
+    Args:
+        kind: of the wrappers.
+        options: a model's options in a run.
+        function: what they stand around.
+        owner: the object that wrappers know as the function's.
+    """
+    around = wrappers(kind, options)
+    if not around:
+        return function
+    import comfy.patcher_extension
+
+    return comfy.patcher_extension.WrapperExecutor.new_class_executor(function, owner, around).execute
+
+
+def prepare_options(patcher: Any, conds: dict[str, list[dict]]) -> dict[str, Any]:
+    """A run's own copy of a model's options, with its wrappers and the hooks of its conditionings."""
+    if not HAS_HOOKS:
+        return _copied(patcher.model_options)
+    comfy.samplers.preprocess_conds_hooks(conds)
+    options = copy_options(patcher.model_options)
     helpers.prepare_model_patcher(patcher, conds, options)
     comfy.samplers.filter_registered_hooks_on_conds(conds, options)
-    comfy.samplers.cast_to_load_options(options, device=device, dtype=patcher.model_dtype())
-    options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
     return options
+
+
+def copy_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a model's options that can be written into."""
+    if not HAS_HOOKS:
+        return _copied(options)
+    import comfy.model_patcher
+
+    copied: dict[str, Any] = comfy.model_patcher.create_model_options_clone(options)
+    return copied
+
+
+def _copied(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "transformer_options": dict(options.get("transformer_options", {}))}
+
+
+def options_to_device(patcher: Any, options: dict[str, Any], device: Any) -> None:
+    """Bring what a model's options hold to its device."""
+    if HAS_HOOKS:
+        comfy.samplers.cast_to_load_options(options, device=device, dtype=patcher.model_dtype())
+
+
+def additional_models(patcher: Any, conds: dict[str, list[dict]], options: dict[str, Any]) -> list[Any]:
+    """Further models that a model's run needs: ControlNets, motion modules, what hooks bring."""
+    models = list(helpers.get_additional_models(conds, patcher.model_dtype())[0])
+    if hasattr(helpers, "get_additional_models_from_model_options"):
+        models += helpers.get_additional_models_from_model_options(options)
+    if hasattr(patcher, "get_nested_additional_models"):
+        models += patcher.get_nested_additional_models()
+    return models
 
 
 def start_run(patcher: Any) -> None:
@@ -129,18 +181,19 @@ def end_run(patcher: Any, options: dict[str, Any]) -> None:
             patcher.restore_hook_patches()
 
 
-def activate(patcher: Any) -> None:
-    """Make this patcher the one that its module evaluates with.
+def activate(patcher: Any) -> Any:
+    """Make this patcher the one that its module evaluates with, and return the one that was it before.
 
     Clones share a module, and the module knows one `current_patcher`; weights that another clone's hooks wrote are
     taken back first.
     """
     if not HAS_HOOKS:
-        return
+        return None
     previous = patcher.model.current_patcher
     if previous is not None and previous is not patcher and previous.current_hooks is not None:
         previous.patch_hooks(None)
     patcher.model.current_patcher = patcher
+    return previous
 
 
 def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Any:

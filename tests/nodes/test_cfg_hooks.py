@@ -90,14 +90,3 @@ def test_cfg_pp_sampler(gcfg, stock, prior, prompt, latent, comfy):
     )
     off = GuidanceTerm(1.5, end_percent=0.4, conditioning=prompt(1))
     assert torch.isfinite(gcfg(prior, prompt(2), [off], latent, sampler=name)).all()
-
-
-def test_hooks_on_a_terms_model_are_named_as_unused(gcfg, prior, concept, prompt, latent, caplog):
-    clone = concept.clone()
-    clone.set_model_sampler_cfg_function(rescale)
-    got = gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=clone, conditioning=prompt(1))], latent)
-    assert torch.equal(got, gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=concept, conditioning=prompt(1))], latent))
-    assert (
-        "GCFG: a term's model (BaseModel) carries guidance hooks (sampler_cfg_function) that are not used; put them on "
-        "the model of the sampler, where they act on the whole sum."
-    ) in caplog.messages

@@ -182,9 +182,9 @@ def test_every_loading_order_and_ten_runs(comfy, load_unet, weights, variants, g
 
 def test_naive_clones_are_wrong(comfy, load_unet, weights, variants, gcfg, prompt, separate_loads, monkeypatch):
     """The trap is real: without separation the same run gives another image."""
-    from comfyui_gcfg.nodes.runtime import lanes
+    from comfyui_gcfg.nodes.runtime import guider
 
-    monkeypatch.setattr(lanes, "separate", lambda patchers, in_place: list(patchers))
+    monkeypatch.setattr(guider, "separate", lambda patchers, in_place: list(patchers))
     case = ("plain", "lora 1", "lora 2")
     base = load_unet(weights("sd15", 0))
     models = [variants[name](base) for name in case]

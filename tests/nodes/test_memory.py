@@ -46,11 +46,11 @@ def run(gcfg, prompt):
 @pytest.fixture
 def unshared(monkeypatch):
     """Call something as if there were no sharing."""
-    from comfyui_gcfg.nodes.runtime import lanes
+    from comfyui_gcfg.nodes.runtime import guider
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(lanes, "share_equal", lambda patchers: 0)
+            patch.setattr(guider, "share_equal", lambda patchers: 0)
             return function(*args)
 
     return call
@@ -297,7 +297,7 @@ PRESSURES = [(2.2, "NORMAL_VRAM"), (1.2, "LOW_VRAM"), (1.2, "NO_VRAM")]  # so ma
 def test_little_memory_changes_nothing_but_is_told(pressure, load_unet, weights, gcfg, prompt, latent, comfy, caplog):
     """Prior, its clone with a LoRA, and a concept, with all memory and with less; the second time from half loaded."""
     from comfyui_gcfg.benchmarks.loads import counting
-    from comfyui_gcfg.nodes.runtime.lanes import build_lanes
+    from comfyui_gcfg.nodes.runtime.clones import separate
     from comfyui_gcfg.nodes.runtime.versions import left_in_ram
 
     prior, concept = load_unet(weights("sd15", 0)), load_unet(weights("sd15", 1))
@@ -320,7 +320,7 @@ def test_little_memory_changes_nothing_but_is_told(pressure, load_unet, weights,
     expected, said = go()
     assert said == [], "nothing is said where all fits"
     size = prior.model_size()
-    run = [lane.patcher for lane in build_lanes(prior, [prior, lora, concept], "abc", False)]
+    run = separate([prior, lora, concept])
     assert len({id(patcher.model) for patcher in run}) == 3
     for models, state in PRESSURES:
         pressure(models * size, state)

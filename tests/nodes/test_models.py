@@ -242,16 +242,6 @@ def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, c
     assert not torch.equal(control, one_step(concept, prompt(1)))
 
 
-def test_patches_see_cond_and_uncond_only(gcfg, prior, prompt, latent):
-    seen = []
-    patched = prior.clone()
-    patched.set_model_attn2_patch(lambda n, k, v, extra: (seen.append(tuple(extra["cond_or_uncond"])), (n, k, v))[1])
-    terms = [GuidanceTerm(3.0, conditioning=prompt(i)) for i in (1, 2, 3)]
-    got = gcfg(patched, prompt(0), terms, latent)
-    assert {tuple(sorted(indices)) for indices in seen} == {(0, 0, 0, 1)}
-    assert torch.equal(got, gcfg(prior, prompt(0), terms, latent))
-
-
 def test_replaced_batch_function_gets_pairs(gcfg, prior, prompt, latent, comfy):
     """A `sampler_calc_cond_batch_function` knows two conditionings, so it never sees more."""
     sizes = []

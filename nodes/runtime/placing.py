@@ -1,0 +1,71 @@
+"""What stands in a shared place for the time of one model's evaluations only.
+
+Clones share a module, and all models share ComfyUI's functions. So what belongs to one clone (another `model_sampling`,
+a function in a method's place) or to one model's run (a sampling function that a pack puts in) is put in place around
+each of its evaluations, and what stood there before comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+from torch import nn
+
+from .clones import object_patches_in_place
+
+# What packs replace in `comfy.samplers` while one of their models is sampled.
+_REPLACED = ("sampling_function", "calc_cond_batch")
+
+Functions = dict[str, Callable[..., Any]]
+
+
+def functions_in_place() -> Functions:
+    """ComfyUI's sampling functions as they stand now."""
+    return {name: getattr(comfy.samplers, name) for name in _REPLACED}
+
+
+@contextmanager
+def functions(put: Functions) -> Iterator[None]:
+    """Have these sampling functions stand in `comfy.samplers` within the block."""
+    before = functions_in_place()
+    try:
+        for name, function in put.items():
+            setattr(comfy.samplers, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(comfy.samplers, name, function)
+
+
+def is_replaced(function: Callable[..., Any]) -> bool:
+    """Whether a pack's function stands in the place of ComfyUI's."""
+    return getattr(function, "__module__", None) != comfy.samplers.__name__
+
+
+def object_patches_beside(owner: Any, patcher: Any) -> dict[str, Any]:
+    """What a clone's evaluations see on the module that was loaded for another one, where that differs.
+
+    Args:
+        owner: the patcher that is loaded.
+        patcher: a clone of the same weights.
+    """
+    theirs, own = object_patches_in_place(owner), object_patches_in_place(patcher)
+    keys = [key for key in {**theirs, **own} if theirs.get(key) is not own.get(key)]
+    return {key: own[key] if key in own else owner.object_patches_backup[key] for key in keys}
+
+
+@contextmanager
+def attributes(model: nn.Module, put: dict[str, Any]) -> Iterator[None]:
+    """Have these attributes (dotted names) on a model within the block."""
+    before: list[tuple[str, Any]] = []
+    try:
+        for key, value in put.items():
+            before.append((key, comfy.utils.set_attr(model, key, value)))
+        yield
+    finally:
+        for key, value in reversed(before):
+            comfy.utils.set_attr(model, key, value)
