@@ -36,6 +36,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
     """
 
+    run: Run  # while one is on
+    original_conds: dict[str, list[dict]]
+
     def __init__(
         self,
         model_patcher: Any,
@@ -64,8 +67,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own = {self.keys[place]: self._conditioning(place) for place in self.groups[0].terms}
         self.inner_set_conds({FIRST: unconditional, BASE: unconditional, **own})
-        self.every_cond = self.original_conds
-        self.run: Run | None = None
+        self.every_cond: dict[str, list[dict]] = self.original_conds
 
     def set_conds(self, positive: Any, negative: Any) -> None:
         """Ignored: the terms bring the conditionings. Some samplers set them on every guider they are given."""
@@ -89,9 +91,13 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             raise
         finally:
             self.watch.end(recorder)
-            self.run = None
-            for name in ("conds", "inner_model", "loaded_models"):  # stock sampling lets go of them after a good run
-                vars(self).pop(name, None)
+            for name in (
+                "run",
+                "conds",
+                "inner_model",
+                "loaded_models",
+            ):  # the others stock lets go of after a good run
+                self.__dict__.pop(name, None)
 
     def inner_sample(
         self,
@@ -106,9 +112,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         seed: int,
         **kwargs: Any,
     ) -> Tensor:
-        """Prepare every further model, then run stock sampling inside their wrappers; put everything back afterwards."""
+        """Prepare every further model, run stock sampling inside their wrappers, and put everything back."""
         run = self.run
-        assert run is not None
         base, *others = run.lanes
         base.functions = placing.functions_in_place()
         run.plan = run.plan.with_masks_at((noise.shape[-2], noise.shape[-1]), noise.device)
@@ -163,7 +168,6 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             model_options: the sampled model's options at this step.
             seed: of the run.
         """
-        assert self.run is not None
         return self.run.evaluate(x, timestep, model_options or {}, seed, self.cfg)
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:

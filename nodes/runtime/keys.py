@@ -1,7 +1,7 @@
 """Which predictions a run has, and their names.
 
-A prediction is that of a model with a conditioning, so two terms of the same model and conditioning have one. Predictions
-of one model make a group, whose conditionings stock code processes together.
+A prediction is that of a model with a conditioning, so two terms of the same model and conditioning have one.
+Predictions of one model make a group, whose conditionings stock code processes together.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Lane:
     def _evaluate(
         self, terms: Sequence[str], uncond: str | None, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
     ) -> list[Tensor]:
-        """The predictions of one call: of the terms, and of the unconditional last, so that it comes first in the batch."""
+        """The predictions of one call: of the terms, and of the unconditional last, which comes first in the batch."""
         model = self.patcher.model
         if placing.is_replaced(comfy.samplers.sampling_function):
             return self._through_sampling_function(terms, uncond, x, sigma, options, seed)

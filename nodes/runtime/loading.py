@@ -20,7 +20,7 @@ def load_lanes(lanes: Sequence[Lane], noise_shape: Sequence[int]) -> None:
         lanes: all lanes; what stock sampling loaded with the first (ControlNets ...) stays in the request.
         noise_shape: shape of the latent batch.
     """
-    base, *others = lanes
+    others = lanes[1:]
     for lane in others:
         guider = lane.guider
         guider.loaded_models = versions.additional_models(lane.patcher, lane.conds, guider.model_options)

@@ -104,6 +104,8 @@ class Run:
         acting = self._overridden(self._acting(plan, sigma), cfg)
         two = self._pair(acting)
         keys = list(dict.fromkeys(self.keys[term.index] for term in acting))
+        centre: str | None
+        around: tuple[ActiveTerm, ...]
         if two is not None:
             centre, around = self.keys[two[1].index], two[:1]
             extra = [BASE] if hooks.has_hooks(options) and not any(map(self._on_base, acting)) else []
@@ -329,7 +331,7 @@ class Run:
         )
 
     def _key_for_hooks(self, step: Step) -> str:
-        """What a hook may evaluate again: the heaviest term's that runs on the sampled model, else the unconditional."""
+        """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
         on_base = [term for term in (step.around if self._is_single(step) else step.acting) if self._on_base(term)]
         if not on_base:
             return BASE

@@ -4,7 +4,8 @@ Every cell runs the stock solver for itself and gets what the GCFG KSampler with
 round are evaluated in one call per model, and cells whose weights did not differ yet (all of them at the first step)
 share one prediction.
 
-Guidance nodes and caches may keep what they saw at the last step, so with one on any model each cell is a run of its own.
+Guidance nodes and caches may keep what they saw at the last step, so with one on any model each cell is a run of its
+own.
 """
 
 from __future__ import annotations
@@ -110,7 +111,6 @@ class _EachCell(comfy.samplers.Sampler):
     ) -> Tensor:
         """Sample every cell from the same noise."""
         run = self.guider.run
-        assert run is not None
         plans = [run.plan.with_weights(weights) for weights in self.guider.cells]
         total, done = len(plans) * (len(sigmas) - 1), 0
         random = RandomState.take(noise.device)
