@@ -10,7 +10,8 @@ import comfy.model_sampling
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
-from .lanes import covers
+from .clones import called
+from .lanes import BASE, covers
 from .versions import latent_shapes
 
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
@@ -86,6 +87,26 @@ def warn_override(terms: int) -> None:
         "weights' intervals and curves in the Guidance Term nodes.",
         terms,
     )
+
+
+def warn_caches(lanes: Sequence[Any]) -> None:
+    """Say where a cache that other packs put around a model keeps one state for several predictions."""
+    found: dict[str, list[Any]] = {}
+    for lane in lanes:
+        wrapper = lane.patcher.model_options.get("model_function_wrapper")
+        name = "" if wrapper is None else called(wrapper)
+        if "cache" in name.lower():
+            found.setdefault(name, []).append(lane)
+    for name, holders in found.items():
+        terms = max(len([key for key in lane.keys if key != BASE]) for lane in holders)
+        if len(holders) > 1 or (terms > 1 and holders[0].reads_index):
+            what = f"{len(holders)} models" if len(holders) > 1 else f"{terms} terms of one model"
+            logging.warning(
+                "GCFG: %s of this run carry the cache %s, which keeps what it stores once for all of them, so the "
+                "image may change or nothing may be skipped; use it on one of them, or ComfyUI's own EasyCache.",
+                what,
+                name,
+            )
 
 
 def _check_latent_format(name: str, model: Any, base: Any) -> None:

@@ -54,8 +54,9 @@ def within(
     arguments = {**given(lane), "callback": callback}
     owner = arguments["sampler"] if "sampler" in arguments and kind == SAMPLER else lane.guider
     inner.given = {name: arguments[name] for name in _ARGUMENTS[kind]}
-    versions.wrapped(kind, lane.guider.model_options, inner, owner)(*inner.given.values(), **kwargs)
-    return inner.result if inner.calls else inner(*inner.given.values())
+    with placing.functions(lane.functions):
+        versions.wrapped(kind, lane.guider.model_options, inner, owner)(*inner.given.values(), **kwargs)
+        return inner.result if inner.calls else inner(*inner.given.values())
 
 
 class _Inner:
