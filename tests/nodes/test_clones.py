@@ -249,3 +249,108 @@ def test_special_weights_are_refused(load_unet, weights, variants, gcfg, prompt,
     layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Packed), requires_grad=False)
     with pytest.raises(GuidanceError, match=r"weight diffusion_model.out.2.weight is of the special kind Packed"):
         gcfg(base, prompt(0), _terms([variants["lora 1"](base)], prompt), latent)
+
+
+def shifted(model):
+    """A clone with another continuous schedule, as ModelSamplingContinuousEDM makes it."""
+    import comfy.model_sampling
+
+    class Sampling(comfy.model_sampling.ModelSamplingContinuousEDM, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    clone = model.clone()
+    sampling = Sampling(clone.model.model_config)
+    sampling.set_parameters(0.002, 120.0, 0.5)
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+RUNS = ("stock raw", "stock clone", "raw, clone", "clone, raw", "clone, clone")
+
+
+@pytest.mark.parametrize("make", [v_prediction, shifted], ids=["v", "edm"])
+@pytest.mark.parametrize("order", itertools.permutations(RUNS, 2), ids=" | ".join)
+def test_every_order_with_stock_runs_needs_no_copy(load_unet, weights, gcfg, stock, prompt, make, order, kept_results):
+    """Another model_sampling is no weight: one module, whichever was sampled before, by stock or by us."""
+    from comfyui_gcfg.nodes.runtime import clones
+
+    def results(raw, clone, second):
+        def run(name):
+            if name.startswith("stock"):
+                model = raw if name == "stock raw" else clone
+                return stock(model, prompt(1), prompt(2), _latent(), steps=2)
+            first, other = ({"raw": raw, "clone": clone}[part] for part in name.split(", "))
+            term = second if other is first else other
+            return gcfg(first, prompt(0), _terms([None, term], prompt), _latent())
+
+        return run
+
+    if make not in kept_results:  # every model from a file of its own, alone in its process's memory
+        raw, clone, second = load_unet(weights("sd15", 0)), *(make(load_unet(weights("sd15", 0))) for _ in range(2))
+        alone = results(raw, clone, second)
+        kept_results[make] = {name: alone(name) for name in RUNS}
+    base = load_unet(weights("sd15", 0))
+    made, clone = len(clones._copies), make(base)
+    run = results(base, clone, make(base))
+    for name in order:
+        assert torch.equal(run(name), kept_results[make][name]), name
+    assert len(clones._copies) == made
+
+
+@pytest.fixture(scope="module")
+def kept_results():
+    """References by what makes the clone."""
+    return {}
+
+
+def test_a_function_in_a_methods_place_is_put_in_place(load_unet, weights, gcfg, prompt, separate_loads):
+    """It may hold the shared module, because it stays with it: many packs patch a block's forward so."""
+
+    def louder(model):
+        clone = model.clone()
+        block = clone.model.diffusion_model.middle_block[0]
+        forward = type(block).forward
+        clone.add_object_patch(
+            "diffusion_model.middle_block.0.forward", lambda *args, **kwargs: 1.2 * forward(block, *args, **kwargs)
+        )
+        return clone
+
+    base, own = load_unet(weights("sd15", 0)), louder(load_unet(weights("sd15", 0)))
+    for _ in range(2):
+        got = gcfg(base, prompt(0), _terms([louder(base)], prompt), _latent())
+        assert torch.equal(got, gcfg(load_unet(weights("sd15", 0)), prompt(0), _terms([own], prompt), _latent()))
+    assert not torch.allclose(got, separate_loads("plain", "plain"), rtol=1e-2)
+    assert torch.equal(gcfg(base, prompt(0), _terms([base], prompt), _latent()), separate_loads("plain", "plain"))
+
+
+def test_a_wrapper_that_holds_the_shared_module_is_refused(load_unet, weights, variants, gcfg, prompt):
+    """A cache of another pack that patches the module it was given would act on the wrong weights."""
+    base = load_unet(weights("sd15", 0))
+    lora = variants["lora 1"](base)
+    unet = lora.model.diffusion_model
+
+    def cache(apply_model, args):
+        unet.cached = True
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    lora.set_model_unet_function_wrapper(cache)
+    with pytest.raises(GuidanceError) as error:
+        gcfg(base, prompt(0), _terms([lora], prompt), _latent())
+    assert "a wrapper of one (" in str(error.value)
+    assert "cache) holds a part of the shared model, so it would act on the wrong weights" in str(error.value)
+    assert torch.isfinite(gcfg(lora, prompt(0), _terms([None], prompt), _latent())).all()
+
+
+def test_a_cache_on_two_models_is_said(load_unet, weights, gcfg, prompt, caplog):
+    def cache(apply_model, args):
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    models = [load_unet(weights("sd15", seed)).clone() for seed in (0, 1)]
+    for model in models:
+        model.set_model_unet_function_wrapper(cache)
+    gcfg(models[0], prompt(0), _terms([models[1]], prompt), _latent())
+    (said,) = [line for line in caplog.messages if "carry the cache" in line]
+    assert said.startswith("GCFG: 2 models of this run carry the cache ")
+    caplog.clear()
+    gcfg(models[0], prompt(0), _terms([None], prompt), _latent())
+    assert not [line for line in caplog.messages if "carry the cache" in line]
