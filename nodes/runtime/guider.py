@@ -13,7 +13,7 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.steps import Steps
 from ...gcfg.terms import GuidanceTerm
-from . import checks, further, hooks, placing, versions, wrapping
+from . import checks, further, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
 from .keys import Group, grouped, keyed, lasting_pair
@@ -181,11 +181,11 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         return found
 
     def _rules(self) -> dict[int, dict[str, Any]]:
-        """The guidance hooks of each term's own model, which act on that term."""
+        """What each term's own model has for guidance, which acts on that term."""
         models = {place: scheduled.term.model for place, scheduled in enumerate(self.plan.terms)}
         options = self.model_patcher.model_options
         found = {
-            place: hooks.hooks_beyond(model.model_options, options)
+            place: placing.own_guidance(model.model_options, options)
             for place, model in models.items()
             if model is not None
         }

@@ -13,9 +13,11 @@ from typing import Any
 
 import comfy.samplers
 import comfy.utils
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .clones import object_patches_in_place
+from . import hooks
+from .clones import identical, object_patches_in_place
 
 # What packs replace in `comfy.samplers` while one of their models is sampled.
 _REPLACED = ("sampling_function", "calc_cond_batch")
@@ -44,6 +46,44 @@ def functions(put: Functions) -> Iterator[None]:
 def is_replaced(function: Callable[..., Any]) -> bool:
     """Whether a pack's function stands in the place of ComfyUI's."""
     return getattr(function, "__module__", None) != comfy.samplers.__name__
+
+
+def own_guidance(own: dict[str, Any], base: dict[str, Any]) -> dict[str, Any] | None:
+    """The guidance hooks among a model's options that the sampler's model does not have; None where nothing is own.
+
+    A pack that has put its function in ComfyUI's place for good reads settings of its own among the options.
+    """
+    found = hooks.hooks_beyond(own, base)
+    if found is None and is_replaced(comfy.samplers.sampling_function):
+        plain, other = (
+            {name: v for name, v in hooks.without_hooks(options).items() if name != "transformer_options"}
+            for options in (own, base)
+        )
+        return None if identical(plain, other) else {}
+    return found
+
+
+def guided_by_sampling_function(at: hooks.Situation, cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
+    """Guidance of two predictions that are made already, by the sampling function that stands in ComfyUI's place.
+
+    Args:
+        at: what hooks are told.
+        cond: conditional prediction, (B, C, *spatial).
+        uncond: unconditional prediction, or None where it is not evaluated.
+        scale: the guidance weight.
+    """
+    made = [[cond, torch.zeros_like(cond) if uncond is None else uncond]]
+    evaluate = comfy.samplers.calc_cond_batch
+
+    def calc_cond_batch(model: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+        # The first question is for the two; a hook's own evaluations follow.
+        return made.pop() if made and len(conds) == 2 else evaluate(model, conds, *args, **kwargs)
+
+    with functions({"calc_cond_batch": calc_cond_batch}):
+        denoised: Tensor = comfy.samplers.sampling_function(
+            at.model, at.x, at.sigma, at.uncond, at.cond, scale, model_options=at.options, seed=None
+        )
+    return denoised
 
 
 def object_patches_beside(owner: Any, patcher: Any) -> dict[str, Any]:

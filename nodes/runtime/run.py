@@ -14,9 +14,8 @@ from ...gcfg.diagnostics import Recorder
 from ...gcfg.plan import ActiveTerm, GuidancePlan, needs_base, total_weight
 from ...gcfg.reuse import DeltaCache, Member
 from ...gcfg.steps import Steps
-from . import checks, hooks
+from . import checks, hooks, placing
 from .lanes import BASE, Lane, Predictions, TermGuider, Weight, covers, predict
-from .placing import Functions
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Run:
     rules: dict[int, dict[str, Any]]
     lanes: list[Lane]
     steps: Steps
-    outside: Functions
+    outside: placing.Functions
     ranged: set[str]
     recorder: Recorder | None = None
 
@@ -192,13 +191,24 @@ class Run:
 
         return replace(step, acting=tuple(map(own, step.acting)), around=tuple(map(own, step.around)))
 
+    def _has_rule(self, term: ActiveTerm) -> bool:
+        """Whether its own model's hooks, or a sampling function put in for its model's run, act on its delta."""
+        lane = self._lane_of[self.keys[term.index]]
+        name = "sampling_function"
+        return term.index in self.rules or (
+            lane is not self.lanes[0] and lane.functions[name] is not self.outside[name]
+        )
+
     def _pair(self, acting: Sequence[ActiveTerm]) -> tuple[ActiveTerm, ActiveTerm] | None:
         """A positive and a negative term that are stock guidance: two evaluations, whatever hooks there are."""
         two = pair(acting)
         if two is None or any(self._lane_of[self.keys[term.index]].is_wrapped for term in acting):
             return None
+        if not self._has_rule(two[1]):
+            return two
         positive, negative = (self.rules.get(term.index) for term in two)
-        return two if negative is None or hooks.same_hooks(positive, negative) else None
+        one_lane = self._lane_of[self.keys[two[0].index]] is self._lane_of[self.keys[two[1].index]]
+        return two if one_lane and hooks.same_hooks(positive, negative) else None
 
     def _wants_base(self, acting: Sequence[ActiveTerm], options: dict[str, Any]) -> bool:
         if not acting or needs_base(acting) or options.get("disable_cfg1_optimization"):
@@ -208,7 +218,7 @@ class Run:
             own = bool(rule.get("disable_cfg1_optimization")) or self._lane_of[self.keys[acting[0].index]].is_wrapped
             return own or (hooks.has_hooks(options) and not self._on_base(acting[0]))
         return hooks.has_hooks(options) or any(
-            term.index in self.rules or self._lane_of[self.keys[term.index]].is_wrapped for term in acting
+            self._has_rule(term) or self._lane_of[self.keys[term.index]].is_wrapped for term in acting
         )
 
     def _on_base(self, term: ActiveTerm) -> bool:
@@ -224,7 +234,7 @@ class Run:
         if len(step.around) != 1:
             return False
         (term,) = step.around
-        return term.mask is None and term.index not in self.rules and self._on_base(term)
+        return term.mask is None and not self._has_rule(term) and self._on_base(term)
 
     def _is_stock(self, step: Step) -> bool:
         return (
@@ -271,13 +281,13 @@ class Run:
     ) -> tuple[Tensor, ActiveTerm]:
         """A term's prediction and weight; under hooks of its own model H(D_0, D_i, w_i), whose weight is in it."""
         key = self.keys[term.index]
-        prediction, rule = predictions[key], self.rules.get(term.index)
-        if rule is None:
+        prediction, lane = predictions[key], self._lane_of[key]
+        if not self._has_rule(term):
             return prediction, term
-        lane = self._lane_of[key]
         if term.index not in self._options_of_rules:
             own = options if lane is self.lanes[0] else lane.options
-            self._options_of_rules[term.index] = {**hooks.without_hooks(own), **rule}
+            own = {name: v for name, v in own.items() if name != "sampler_calc_cond_batch_function"}  # done already
+            self._options_of_rules[term.index] = {**hooks.without_hooks(own), **self.rules.get(term.index, {})}
         uncond = step.centre if step.centre in lane.keys else BASE
         centre = None if step.centre is None else predictions[step.centre]
         at = hooks.Situation(
@@ -286,15 +296,18 @@ class Run:
             x,
             sigma,
             lane.conds[key],
-            None if centre is None else lane.conds[uncond],
+            None if centre is None else lane.conds.get(uncond),
         )
         with lane.at_work():
             # Copies, since hooks may write into what they are given, and others measure from the same centre.
             base = None if centre is None else centre.clone()
-            return hooks.guided(at, prediction.clone(), base, term.weight), replace(term, weight=1.0)
+            guide = hooks.guided
+            if placing.is_replaced(comfy.samplers.sampling_function):
+                guide = placing.guided_by_sampling_function
+            return guide(at, prediction.clone(), base, term.weight), replace(term, weight=1.0)
 
     def _sum(self, step: Step, centre: Tensor | None, guided: Sequence[tuple[Tensor, ActiveTerm]]) -> Tensor:
-        if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.rules:
+        if len(guided) == 1 and guided[0][1].mask is None and self._has_rule(step.around[0]):
             return guided[0][0]  # the rule's own result, to the last bit
         if centre is not None and not guided:
             return centre
@@ -351,7 +364,7 @@ class Run:
         centre = None if step.centre is None else predictions[step.centre]
         shown = dict(predictions)
         for (prediction, _), term in zip(guided, step.around, strict=True):
-            if term.index in self.rules and term.weight and centre is not None:  # so that w (D - D_0) is its pull
+            if self._has_rule(term) and term.weight and centre is not None:  # so that w (D - D_0) is its pull
                 shown[self.keys[term.index]] = centre + (prediction - centre) / term.weight
         outputs = [shown[self.keys[term.index]] for term in step.acting]
         self.recorder.record(
