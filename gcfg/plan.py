@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -149,6 +149,11 @@ class GuidancePlan:
     def reuses(self) -> bool:
         """Whether any term's delta may be carried on in place of being evaluated."""
         return any(scheduled.term.reuse is not None for scheduled in self.terms)
+
+    @cached_property
+    def steady(self) -> tuple[ActiveTerm, ...] | None:
+        """The terms that act at every noise level; None where that depends on it (which the host has to read)."""
+        return None if self.needs_sigma else self.active(0.0)
 
     def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""

@@ -144,6 +144,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
         def sampled(callback: Any) -> Tensor:
             versions.activate(base.patcher)
+            run.begin()
             with placing.functions(base.functions):
                 return stock(
                     noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs

@@ -7,7 +7,7 @@ that of the unconditional model, which stock sampling prepares.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.samplers
@@ -46,6 +46,8 @@ class Lane:
         self.functions = placing.functions_in_place()
         self._beside: dict[str, Any] = {}
         self.begun = False
+        self.is_wrapped = self.is_replaced = self.own_sampling_function = False
+        self._moves = True
         self.reads_index = reads_index(guider.model_patcher)
 
     @property
@@ -81,20 +83,34 @@ class Lane:
             and bool(self.patcher.model_options.get("disable_cfg1_optimization"))
         )
 
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether a further model's own wrappers stand around its prediction, and may change its weight."""
-        return isinstance(self.guider, TermGuider) and bool(versions.wrappers(PREDICT, self.guider.model_options))
+    def settle(self, lanes: Sequence[Lane], outside: placing.Functions) -> None:
+        """Note what holds while the run samples.
+
+        Args:
+            lanes: all of the run, the sampler's first.
+            outside: ComfyUI's sampling functions as they stand outside of all models' wrappers.
+        """
+        beside = [lane for lane in lanes if lane.patcher.model is self.patcher.model]
+        self._moves = len(beside) > 1 or self.functions != lanes[0].functions
+        further = isinstance(self.guider, TermGuider)
+        # Wrappers around a further model's prediction, which may change its weight.
+        self.is_wrapped = further and bool(versions.wrappers(PREDICT, self.guider.model_options))
+        function = self.functions["sampling_function"]
+        self.is_replaced = placing.is_replaced(function)
+        self.own_sampling_function = further and function is not outside["sampling_function"]
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Have the module and ComfyUI's functions be this lane's within the block."""
+        return self._moved_in() if self._moves else nullcontext()
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Have the module and ComfyUI's functions be this lane's within the block."""
-        with placing.functions(self.functions), placing.attributes(self.patcher.model, self._beside):
+    def _moved_in(self) -> Iterator[None]:
+        with placing.placed(self.functions, self.patcher.model, self._beside):
             previous = versions.activate(self.patcher)
             try:
                 yield
             finally:
-                if previous is not None:
+                if previous is not None and previous is not self.patcher:
                     versions.activate(previous)
 
     def predictions(
@@ -110,6 +126,13 @@ class Lane:
             options: the model's options at this step.
             seed: of the run.
         """
+        if self.is_wrapped:
+            return self._wrapped(keys[0], uncond, x, sigma, options, seed)
+        return self._plain(keys, uncond, x, sigma, options, seed)
+
+    def _plain(
+        self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+    ) -> Predictions:
         terms = [key for key in keys if key != uncond]
         beside = uncond if uncond in keys else BASE if self._wants_uncond else None
         if len(terms) > 1 and not self._batches(terms, options):
@@ -122,21 +145,21 @@ class Lane:
             found.update(zip(places, self._evaluate(together, other, x, sigma, options, seed), strict=True))
         return {key: found[key] for key in keys}
 
-    def predictions_wrapped(self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, seed: Any) -> Predictions:
-        """The same inside the wrappers of a further model's own, which know one term's prediction each."""
-        if not self.is_wrapped:
-            return self.predictions(keys, uncond, x, sigma, self.options, seed)
-        guider, (key,) = self.guider, keys
+    def _wrapped(
+        self, key: str, uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+    ) -> Predictions:
+        """The same inside the wrappers of a further model's own, which know one term's prediction."""
+        guider = self.guider
         assert isinstance(guider, TermGuider)
-        guider.predict = lambda x, sigma, options, seed: self.predictions([key], uncond, x, sigma, options, seed)[key]
-        return {key: guider(x, sigma, self.options, seed)}
+        guider.predict = lambda x, sigma, options, seed: self._plain([key], uncond, x, sigma, options, seed)[key]
+        return {key: guider(x, sigma, options, seed)}
 
     def _batches(self, terms: Sequence[str], options: dict[str, Any]) -> bool:
         """ControlNets, patches that read the index and replaced functions know only cond and uncond."""
         return not (
             self.reads_index
             or "sampler_calc_cond_batch_function" in options
-            or placing.is_replaced(comfy.samplers.sampling_function)
+            or self.is_replaced
             or any("control" in entry for term in terms for entry in self.conds[term])
         )
 
@@ -145,7 +168,7 @@ class Lane:
     ) -> list[Tensor]:
         """The predictions of one call: of the terms, and of the unconditional last, which comes first in the batch."""
         model = self.patcher.model
-        if placing.is_replaced(comfy.samplers.sampling_function):
+        if self.is_replaced:
             return self._through_sampling_function(terms, uncond, x, sigma, options, seed)
         if len(terms) > 1:
             places = [*terms, *([] if uncond is None else [uncond])]
@@ -230,17 +253,15 @@ def predict(
     """
     found: Predictions = {}
     for lane in reversed(lanes):  # the base last: hooks that evaluate the model again find it active
-        keys = [key for key in lane.keys if key in wanted]
-        if not keys:
+        latents = {id(wanted[key]): wanted[key] for key in lane.keys if key in wanted}
+        if not latents:
             continue
         with lane.at_work():
-            for x in {id(wanted[key]): wanted[key] for key in keys}.values():
-                together = [key for key in keys if wanted[key] is x]
+            for x in latents.values():
+                together = [key for key in lane.keys if wanted.get(key) is x]
                 sigmas = sigma if len(sigma) == len(x) else sigma[:1].expand(len(x))
-                if isinstance(lane.guider, TermGuider):
-                    found.update(lane.predictions_wrapped(together, uncond, x, sigmas, seed))
-                else:
-                    found.update(lane.predictions(together, uncond, x, sigmas, options, seed))
+                own = options if lane is lanes[0] else lane.options
+                found.update(lane.predictions(together, uncond, x, sigmas, own, seed))
     return found
 
 

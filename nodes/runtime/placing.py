@@ -35,12 +35,10 @@ def functions(put: Functions) -> Iterator[None]:
     """Have these sampling functions stand in `comfy.samplers` within the block."""
     before = functions_in_place()
     try:
-        for name, function in put.items():
-            setattr(comfy.samplers, name, function)
+        vars(comfy.samplers).update(put)
         yield
     finally:
-        for name, function in before.items():
-            setattr(comfy.samplers, name, function)
+        vars(comfy.samplers).update(before)
 
 
 def is_replaced(function: Callable[..., Any]) -> bool:
@@ -99,13 +97,16 @@ def object_patches_beside(owner: Any, patcher: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def attributes(model: nn.Module, put: dict[str, Any]) -> Iterator[None]:
-    """Have these attributes (dotted names) on a model within the block."""
+def placed(put: Functions, model: nn.Module, beside: dict[str, Any]) -> Iterator[None]:
+    """Have these sampling functions stand in `comfy.samplers`, and these attributes on a model, within the block."""
     before: list[tuple[str, Any]] = []
+    functions_before = functions_in_place()
     try:
-        for key, value in put.items():
+        vars(comfy.samplers).update(put)
+        for key, value in beside.items():
             before.append((key, comfy.utils.set_attr(model, key, value)))
         yield
     finally:
         for key, value in reversed(before):
             comfy.utils.set_attr(model, key, value)
+        vars(comfy.samplers).update(functions_before)

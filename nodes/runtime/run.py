@@ -9,30 +9,14 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import combine, effective_cond, pair, pivot_index
+from ...gcfg.combine import combine, effective_cond, pair
 from ...gcfg.diagnostics import Recorder
-from ...gcfg.plan import ActiveTerm, GuidancePlan, needs_base, total_weight
+from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
 from ...gcfg.reuse import DeltaCache, Member
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Lane, Predictions, TermGuider, Weight, covers, predict
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one evaluation of the sum is made of.
-
-    Attributes:
-        acting: the terms that act at this noise level.
-        centre: the key of the prediction that deltas are measured from; None where it is not evaluated.
-        around: the terms whose deltas are added to it.
-        wanted: the keys of the predictions to evaluate.
-    """
-
-    acting: tuple[ActiveTerm, ...]
-    centre: str | None
-    around: tuple[ActiveTerm, ...]
-    wanted: list[str]
+from .step import Known, Step, Terms, decided
 
 
 @dataclass(eq=False)
@@ -50,6 +34,7 @@ class Run:
         ranged: keys of conditionings that are limited to a part of the sampling.
         recorder: takes readings, where anybody looks.
         cache: deltas that are carried on, where a term allows it.
+        known: what holds of the terms while it samples.
     """
 
     node: str
@@ -71,6 +56,20 @@ class Run:
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
 
+    def begin(self) -> None:
+        """Note what holds while the run samples, now that every model's wrappers have done their work."""
+        for lane in self.lanes:
+            lane.settle(self.lanes, self.outside)
+        lanes = {place: self._lane_of[key] for place, key in enumerate(self.keys) if key in self._lane_of}
+        self.known = Known(
+            self.keys,
+            frozenset(place for place, lane in lanes.items() if lane is self.lanes[0]),
+            frozenset(place for place, lane in lanes.items() if place in self.rules or lane.own_sampling_function),
+            frozenset(place for place, lane in lanes.items() if lane.is_wrapped),
+            frozenset(place for place, rule in self.rules.items() if rule.get("disable_cfg1_optimization")),
+            lambda a, b: lanes[a] is lanes[b] and hooks.same_hooks(self.rules.get(a), self.rules.get(b)),
+        )
+
     def new_cache(self) -> DeltaCache | None:
         """An empty cache of deltas, where any term's may be carried on."""
         return DeltaCache(self.steps) if self.plan.reuses else None
@@ -86,7 +85,7 @@ class Run:
             cfg: the guider's, which a wrapper may have set.
         """
         step = self.step(self.plan, self.cache, sigma, options, cfg)
-        if self._is_stock(step):
+        if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
         predictions = predict(self.lanes, dict.fromkeys(step.wanted, x), step.centre or BASE, sigma, options, seed)
         return self.combined(step, predictions, self.cache, x, sigma, options)
@@ -100,30 +99,13 @@ class Run:
         cfg: float | None = None,
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
-        acting = self._overridden(self._acting(plan, sigma), cfg)
-        two = self._pair(acting)
-        keys = list(dict.fromkeys(self.keys[term.index] for term in acting))
-        centre: str | None
-        around: tuple[ActiveTerm, ...]
-        if two is not None:
-            centre, around = self.keys[two[1].index], two[:1]
-            extra = [BASE] if hooks.has_hooks(options) and not any(map(self._on_base, acting)) else []
-        elif self._wants_base(acting, options):
-            centre, around, extra = BASE, acting, []
-        elif len(acting) == 1:
-            centre, around, extra = None, acting, []
-        else:
-            middle = pivot_index(acting)
-            centre, around, extra = self.keys[acting[middle].index], acting[:middle] + acting[middle + 1 :], []
-        if BASE in (*keys, centre, *extra) and BASE in self.ranged:
+        acting = plan.steady if plan.steady is not None and not self.ranged else self._acting(plan, float(sigma[0]))
+        if cfg is not None and not isinstance(cfg, Weight):
+            acting = self._overridden(acting, cfg)
+        step = decided(acting, self.known, hooks.has_hooks(options), bool(options.get("disable_cfg1_optimization")))
+        if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
-        if cache is None:
-            wanted = [*keys, *([] if centre is None else [centre])]
-        else:
-            level, middle_key = float(sigma[0]), centre or keys[0]
-            members = [self._member(plan, t, level) for t in acting if self.keys[t.index] != middle_key]
-            wanted = cache.wanted(middle_key, members, level)
-        return Step(acting, centre, around, list(dict.fromkeys([*wanted, *extra])))
+        return step if cache is None else self._with_carried_on(step, plan, cache, float(sigma[0]))
 
     def combined(
         self,
@@ -146,40 +128,54 @@ class Run:
         """
         if cache is not None:
             predictions = {**predictions, **cache.complete(predictions)}
-        step = self._with_weights_that_wrappers_set(step)
-        centre = None if step.centre is None else predictions[step.centre]
-        guided = [self._by_own_rule(term, step, predictions, x, sigma, options) for term in step.around]
-        if hooks.has_hooks(options):
+        if self.known.wrapped:
+            step = self._with_weights_that_wrappers_set(step)
+        guided = [
+            self._by_own_rule(term, step, predictions, x, sigma, options)
+            if term.index in self.known.ruled
+            else (predictions[self.keys[term.index]], term)
+            for term in step.around
+        ]
+        if step.hooked:
             denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
         else:
-            denoised = self._sum(step, centre, guided)
-        self._record(step, predictions, guided, x, sigma, denoised)
+            denoised = self._sum(step, predictions, guided)
+        if self.recorder is not None:
+            self._record(self.recorder, step, predictions, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, plan: GuidancePlan, sigma: Tensor) -> tuple[ActiveTerm, ...]:
+    def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out."""
-        if not self.ranged and not plan.needs_sigma:
-            return plan.active(0.0)  # no host synchronisation where no weight depends on sigma
-        level = float(sigma[0])
 
         def takes_part(key: str) -> bool:
-            return key not in self.ranged or covers(self._lane_of[key].conds[key], level)
+            return key not in self.ranged or covers(self._lane_of[key].conds[key], sigma)
 
-        return tuple(term for term in plan.active(level) if takes_part(self.keys[term.index]))
+        return tuple(term for term in plan.active(sigma) if takes_part(self.keys[term.index]))
 
-    def _overridden(self, acting: tuple[ActiveTerm, ...], cfg: float | None) -> tuple[ActiveTerm, ...]:
+    def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
+        """The step without the predictions that the cache carries on."""
+        centre = step.centre or self.keys[step.acting[0].index]
+        members = []
+        for term in step.acting:
+            scheduled, key = plan.terms[term.index], self.keys[term.index]
+            if key != centre:
+                apart = term.index not in self.known.on_base
+                members.append(Member(key, term.weight, scheduled.term.reuse, scheduled.reuses_at(sigma), apart))
+        known = {centre, *(self.keys[term.index] for term in step.acting)}
+        beside = [key for key in step.wanted if key not in known]  # what hooks look at
+        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(centre, members, sigma), *beside])))
+
+    def _overridden(self, acting: Terms, cfg: float) -> Terms:
         """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override)."""
-        if cfg is None or isinstance(cfg, Weight) or not acting:
-            return acting
         if len(acting) == 1:
             return (replace(acting[0], weight=cfg),)
         two = pair(acting)
-        if two is None:
-            if not self._override_told:
-                checks.warn_override(len(acting))
+        if two is not None:
+            return tuple(replace(term, weight=cfg if term is two[0] else 1.0 - cfg) for term in acting)
+        if acting and not self._override_told:
+            checks.warn_override(len(acting))
             self._override_told = True
-            return acting
-        return tuple(replace(term, weight=cfg if term is two[0] else 1.0 - cfg) for term in acting)
+        return acting
 
     def _with_weights_that_wrappers_set(self, step: Step) -> Step:
         """The step with the weights that wrappers of a term's own model set while it was evaluated."""
@@ -191,55 +187,16 @@ class Run:
 
         return replace(step, acting=tuple(map(own, step.acting)), around=tuple(map(own, step.around)))
 
-    def _has_rule(self, term: ActiveTerm) -> bool:
-        """Whether its own model's hooks, or a sampling function put in for its model's run, act on its delta."""
-        lane = self._lane_of[self.keys[term.index]]
-        name = "sampling_function"
-        return term.index in self.rules or (
-            lane is not self.lanes[0] and lane.functions[name] is not self.outside[name]
-        )
-
-    def _pair(self, acting: Sequence[ActiveTerm]) -> tuple[ActiveTerm, ActiveTerm] | None:
-        """A positive and a negative term that are stock guidance: two evaluations, whatever hooks there are."""
-        two = pair(acting)
-        if two is None or any(self._lane_of[self.keys[term.index]].is_wrapped for term in acting):
-            return None
-        if not self._has_rule(two[1]):
-            return two
-        positive, negative = (self.rules.get(term.index) for term in two)
-        one_lane = self._lane_of[self.keys[two[0].index]] is self._lane_of[self.keys[two[1].index]]
-        return two if one_lane and hooks.same_hooks(positive, negative) else None
-
-    def _wants_base(self, acting: Sequence[ActiveTerm], options: dict[str, Any]) -> bool:
-        if not acting or needs_base(acting) or options.get("disable_cfg1_optimization"):
-            return True
-        if len(acting) == 1:
-            rule = self.rules.get(acting[0].index, {})
-            own = bool(rule.get("disable_cfg1_optimization")) or self._lane_of[self.keys[acting[0].index]].is_wrapped
-            return own or (hooks.has_hooks(options) and not self._on_base(acting[0]))
-        return hooks.has_hooks(options) or any(
-            self._has_rule(term) or self._lane_of[self.keys[term.index]].is_wrapped for term in acting
-        )
-
-    def _on_base(self, term: ActiveTerm) -> bool:
-        return self.keys[term.index] in self.lanes[0].keys
-
-    def _member(self, plan: GuidancePlan, term: ActiveTerm, sigma: float) -> Member:
-        scheduled = plan.terms[term.index]
-        rule, inside = scheduled.term.reuse, scheduled.reuses_at(sigma)
-        return Member(self.keys[term.index], term.weight, rule, inside, not self._on_base(term))
-
     def _is_single(self, step: Step) -> bool:
         """Whether it is stock guidance of the sampler's own model: one conditional prediction without a rule."""
         if len(step.around) != 1:
             return False
         (term,) = step.around
-        return term.mask is None and not self._has_rule(term) and self._on_base(term)
+        return term.mask is None and term.index in self.known.on_base and term.index not in self.known.ruled
 
     def _is_stock(self, step: Step) -> bool:
         return (
             self._is_single(step)
-            and self.cache is None
             and (step.centre is None or step.centre in self.lanes[0].keys)
             and step.centre != self.keys[step.around[0].index]
         )
@@ -258,11 +215,11 @@ class Run:
             model_options=options if self.recorder is None else self._watching(options),
             seed=seed,
         )
-        if self._seen:
+        if self.recorder is not None and self._seen:
             cond, uncond = self._seen[0]
             self._seen.clear()
             shown = {key: cond} if step.centre is None else {key: cond, step.centre: uncond}
-            self._record(step, shown, [(cond, term)], x, sigma, denoised)
+            self._record(self.recorder, step, shown, [(cond, term)], x, sigma, denoised)
         return denoised
 
     def _watching(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -279,11 +236,9 @@ class Run:
         sigma: Tensor,
         options: dict[str, Any],
     ) -> tuple[Tensor, ActiveTerm]:
-        """A term's prediction and weight; under hooks of its own model H(D_0, D_i, w_i), whose weight is in it."""
+        """What hooks of a term's own model make of its prediction, H(D_0, D_i, w_i); its weight is in it."""
         key = self.keys[term.index]
         prediction, lane = predictions[key], self._lane_of[key]
-        if not self._has_rule(term):
-            return prediction, term
         if term.index not in self._options_of_rules:
             own = options if lane is self.lanes[0] else lane.options
             own = {name: v for name, v in own.items() if name != "sampler_calc_cond_batch_function"}  # done already
@@ -306,9 +261,10 @@ class Run:
                 guide = placing.guided_by_sampling_function
             return guide(at, prediction.clone(), base, term.weight), replace(term, weight=1.0)
 
-    def _sum(self, step: Step, centre: Tensor | None, guided: Sequence[tuple[Tensor, ActiveTerm]]) -> Tensor:
-        if len(guided) == 1 and guided[0][1].mask is None and self._has_rule(step.around[0]):
+    def _sum(self, step: Step, predictions: Predictions, guided: Sequence[tuple[Tensor, ActiveTerm]]) -> Tensor:
+        if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.known.ruled:
             return guided[0][0]  # the rule's own result, to the last bit
+        centre = None if step.centre is None else predictions[step.centre]
         if centre is not None and not guided:
             return centre
         return combine(centre, [prediction for prediction, _ in guided], [term for _, term in guided])
@@ -340,18 +296,21 @@ class Run:
             return effective_cond(centre, [p for p, _ in guided], [term for _, term in guided], weight)
 
         return hooks.guided_sum(
-            at, lambda: self._sum(step, centre, guided), effective, weight, predictions[key], centre
+            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], centre
         )
 
     def _key_for_hooks(self, step: Step) -> str:
         """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
-        on_base = [term for term in (step.around if self._is_single(step) else step.acting) if self._on_base(term)]
+        on_base = [
+            term for term in (step.around if self._is_single(step) else step.acting) if term.index in self.known.on_base
+        ]
         if not on_base:
             return BASE
         return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]
 
     def _record(
         self,
+        recorder: Recorder,
         step: Step,
         predictions: Predictions,
         guided: Sequence[tuple[Tensor, ActiveTerm]],
@@ -359,15 +318,13 @@ class Run:
         sigma: Tensor,
         denoised: Tensor,
     ) -> None:
-        if self.recorder is None:
-            return
         centre = None if step.centre is None else predictions[step.centre]
         shown = dict(predictions)
         for (prediction, _), term in zip(guided, step.around, strict=True):
-            if self._has_rule(term) and term.weight and centre is not None:  # so that w (D - D_0) is its pull
+            if term.index in self.known.ruled and term.weight and centre is not None:  # so that w (D - D_0) is its pull
                 shown[self.keys[term.index]] = centre + (prediction - centre) / term.weight
         outputs = [shown[self.keys[term.index]] for term in step.acting]
-        self.recorder.record(
+        recorder.record(
             x, sigma, centre if step.centre == BASE and BASE not in self.keys else None, outputs, step.acting, denoised
         )
 

@@ -25,7 +25,8 @@ from ...gcfg.terms import GuidanceTerm
 from . import hooks
 from .guider import GCFGGuider
 from .lanes import BASE, predict
-from .run import Run, Step
+from .run import Run
+from .step import Step
 
 
 class SweepGuider(GCFGGuider):

@@ -320,7 +320,8 @@ def test_a_function_in_a_methods_place_is_put_in_place(load_unet, weights, gcfg,
         got = gcfg(base, prompt(0), _terms([louder(base)], prompt), _latent())
         assert torch.equal(got, gcfg(load_unet(weights("sd15", 0)), prompt(0), _terms([own], prompt), _latent()))
     assert not torch.allclose(got, separate_loads("plain", "plain"), rtol=1e-2)
-    assert torch.equal(gcfg(base, prompt(0), _terms([base], prompt), _latent()), separate_loads("plain", "plain"))
+    plain = gcfg(base, prompt(0), _terms([base], prompt), _latent())
+    assert torch.allclose(plain, separate_loads("plain", "plain"), rtol=1e-4, atol=1e-3), "and nothing of it stays"
 
 
 def test_a_wrapper_that_holds_the_shared_module_is_refused(load_unet, weights, variants, gcfg, prompt):

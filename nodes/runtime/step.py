@@ -1,0 +1,80 @@
+"""What one evaluation of the sum is made of: around which prediction, and which ones it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...gcfg.combine import pair, pivot_index
+from ...gcfg.plan import ActiveTerm, needs_base
+from .lanes import BASE
+
+Terms = tuple[ActiveTerm, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One evaluation.
+
+    Attributes:
+        acting: the terms that act at this noise level.
+        centre: the key of the prediction that deltas are measured from; None where it is not evaluated.
+        around: the terms whose deltas are added to it.
+        wanted: the keys of the predictions to evaluate.
+        hooked: whether guidance hooks of the sampler's model act on the sum.
+    """
+
+    acting: Terms
+    centre: str | None
+    around: Terms
+    wanted: tuple[str, ...]
+    hooked: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a run knows of its terms, by their places.
+
+    Attributes:
+        keys: the key of each term's prediction.
+        on_base: terms that the sampler's model predicts, in the sampler's way.
+        ruled: terms on whose delta something of their own model acts.
+        wrapped: terms around whose prediction stand wrappers of their own model, which may change their weight.
+        eager: terms whose rule wants the unconditional prediction at every weight.
+        alike: whether two terms have the same model and the same rule.
+    """
+
+    keys: Sequence[str]
+    on_base: frozenset[int]
+    ruled: frozenset[int]
+    wrapped: frozenset[int]
+    eager: frozenset[int]
+    alike: Callable[[int, int], bool]
+
+
+def decided(acting: Terms, known: Known, hooked: bool, eager: bool) -> Step:
+    """The evaluation of these terms.
+
+    Args:
+        acting: the terms that act.
+        known: what the run knows of them.
+        hooked: as in `Step`.
+        eager: whether something asks for the unconditional prediction at every weight.
+    """
+    places = [term.index for term in acting]
+    keys = dict.fromkeys(known.keys[place] for place in places)
+    two = None if known.wrapped.intersection(places) else pair(acting)
+    if two is not None and (two[1].index not in known.ruled or known.alike(two[0].index, two[1].index)):
+        # Stock guidance with a negative prompt. Hooks of a model that predicts neither look at the unconditional.
+        beside = (BASE,) if hooked and known.on_base.isdisjoint(places) else ()
+        return Step(acting, known.keys[two[1].index], two[:1], (*keys, *beside), hooked)
+    if len(acting) == 1:
+        own = places[0] in known.eager or (hooked and places[0] not in known.on_base)
+    else:
+        own = hooked or bool(known.ruled.intersection(places))
+    if own or eager or not acting or known.wrapped.intersection(places) or needs_base(acting):
+        return Step(acting, BASE, acting, tuple({**keys, BASE: None}), hooked)
+    if len(acting) == 1:
+        return Step(acting, None, acting, tuple(keys), hooked)
+    middle = pivot_index(acting)
+    return Step(acting, known.keys[places[middle]], acting[:middle] + acting[middle + 1 :], tuple(keys), hooked)
