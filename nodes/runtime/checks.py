@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_sampling
+import comfy.samplers
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
+from . import placing
 from .clones import called
 from .lanes import BASE, covers
 from .versions import latent_shapes
@@ -87,6 +89,23 @@ def warn_override(terms: int) -> None:
         "weights' intervals and curves in the Guidance Term nodes.",
         terms,
     )
+
+
+def warn_settings(lanes: Sequence[Any]) -> None:
+    """Say where a pack stands in the sampler's place and reads settings that a term's model has alone."""
+    sample = comfy.samplers.KSAMPLER.sample
+    if not placing.is_replaced(sample):
+        return
+    for lane in lanes[1:]:
+        names = placing.own_settings(lane.patcher.model_options, lanes[0].patcher.model_options)
+        if names:
+            logging.warning(
+                "GCFG: %s looks at the sampler's model only, and the model of %s has settings for it (%s), which may "
+                "have no effect or fail there; put their node on the sampler's model too.",
+                called(sample),
+                lane.name,
+                ", ".join(names),
+            )
 
 
 def warn_caches(lanes: Sequence[Any]) -> None:

@@ -202,6 +202,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
         checks.warn_caches(lanes)
+        checks.warn_settings(lanes)
         conds = {**{key: conds for lane in lanes[1:] for key, conds in lane.conds.items()}, **self.original_conds}
         steps_of_run = Steps(levels)
         recorder = self.watch.recorder(levels, [term.label for term in self.plan.terms])

@@ -53,12 +53,15 @@ def own_guidance(own: dict[str, Any], base: dict[str, Any]) -> dict[str, Any] | 
     """
     found = hooks.hooks_beyond(own, base)
     if found is None and is_replaced(comfy.samplers.sampling_function):
-        plain, other = (
-            {name: v for name, v in hooks.without_hooks(options).items() if name != "transformer_options"}
-            for options in (own, base)
-        )
-        return None if identical(plain, other) else {}
+        return {} if own_settings(own, base) else None
     return found
+
+
+def own_settings(own: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """The names of settings among a model's options that the sampler's model has not, or has otherwise."""
+    known = {"transformer_options", "model_function_wrapper", "sampler_calc_cond_batch_function"}
+    plain = {name: value for name, value in hooks.without_hooks(own).items() if name not in known}
+    return [name for name, value in plain.items() if name not in base or not identical(value, base[name])]
 
 
 def guided_by_sampling_function(at: hooks.Situation, cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:

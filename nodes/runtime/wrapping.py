@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comfy.samplers
 from torch import Tensor
 
 from . import placing, versions
@@ -78,27 +77,11 @@ class _Inner:
             self._say("samples again" if self.calls > 1 else f"changes {' and '.join(changed)} of the sampling")
         if self.calls == 1:
             self.lane.functions = placing.functions_in_place()
-            if self.kind == SAMPLER and placing.is_replaced(comfy.samplers.KSAMPLER.sample):
-                self._inside_its_sampler(got)
-            else:
-                self._rest(got)
+            if "extra_args" in got:
+                self.lane.options = got["extra_args"]["model_options"]
+            with placing.functions(self.outside):
+                self.result = self.body(got["callback"])
         return self.result
-
-    def _rest(self, got: dict[str, Any]) -> None:
-        if "extra_args" in got:
-            self.lane.options = got["extra_args"]["model_options"]
-        with placing.functions(self.outside):
-            self.result = self.body(got["callback"])
-
-    def _inside_its_sampler(self, got: dict[str, Any]) -> None:
-        """Let what a pack has put in KSAMPLER's place see the lane's options, with a solver that waits."""
-
-        def solver(model: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._rest({**got, "extra_args": kwargs.get("extra_args", got["extra_args"])})
-            return noise
-
-        arguments = [got[name] for name in ("guider", "sigmas", "extra_args", "callback", "noise", "latent_image")]
-        comfy.samplers.KSAMPLER(solver).sample(*arguments, got["denoise_mask"], True)
 
     def _say(self, what: str) -> None:
         names = ", ".join(map(called, versions.wrappers(self.kind, self.lane.guider.model_options)))

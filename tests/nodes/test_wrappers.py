@@ -240,3 +240,43 @@ class TestCFGOverride:
             assert torch.equal(gcfg(override(prior, 2.0), prompt(0), terms, latent), expected)
         (said,) = [line for line in caplog.messages if "CFG Override" in line]
         assert "2 terms act and it gives one weight" in said
+
+
+@pytest.fixture
+def pack_for_good(comfy, monkeypatch):
+    """A pack that stands in the place of ComfyUI's functions from its import on, and reads settings of its own."""
+    original, seen = comfy.samplers.sampling_function, []
+
+    def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options=None, seed=None):
+        seen.append(cond_scale)
+        scale = model_options.get("my_pack_scale", cond_scale)
+        return original(model, x, timestep, uncond, cond, scale, model_options=model_options, seed=seed)
+
+    def sample(self, *args, **kwargs):
+        return ksampler(self, *args, **kwargs)
+
+    ksampler = comfy.samplers.KSAMPLER.sample
+    monkeypatch.setattr(comfy.samplers, "sampling_function", sampling_function)
+    monkeypatch.setattr(comfy.samplers.KSAMPLER, "sample", sample)
+    return seen
+
+
+def test_a_pack_that_replaced_functions_for_good(gcfg, stock, prior, concept, prompt, latent, pack_for_good, caplog):
+    """It is called for stock guidance, and its settings on a term's model are that term's rule."""
+    model = prior.clone()
+    model.model_options["my_pack_scale"] = 2.0
+    expected = stock(model, prompt(1), prompt(2), latent, cfg=7.5, steps=STEPS)
+    pack_for_good.clear()
+    one = [GuidanceTerm(7.5, conditioning=prompt(1))]
+    assert torch.equal(gcfg(model, prompt(2), one, latent, steps=STEPS), expected)
+    assert pack_for_good == [7.5] * STEPS
+    assert not [line for line in caplog.messages if "looks at the sampler's model only" in line]
+    other = concept.clone()
+    other.model_options["my_pack_scale"] = 2.0
+    terms = [*one, GuidanceTerm(5.0, model=other, conditioning=prompt(3), label="cats")]
+    got = gcfg(prior, prompt(2), terms, latent, steps=STEPS)
+    (said,) = [line for line in caplog.messages if "looks at the sampler's model only" in line]
+    assert "the model of Guidance Term 'cats' has settings for it (my_pack_scale)" in said
+    terms = [*one, GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
+    expected = gcfg(prior, prompt(2), terms, latent, steps=STEPS)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
