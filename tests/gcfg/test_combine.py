@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.combine import ShapeError, combine, effective_cond
+from comfyui_gcfg.gcfg.combine import ShapeError, combine, effective_cond, pair
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import ActiveTerm
 from hypothesis import example, given, settings
@@ -165,3 +165,30 @@ def test_langevin_samples_the_guided_density():
     inflated = 1 / precision / (1 - step / 2 * precision)
     assert float(x.mean()) == pytest.approx(mean, abs=4 * math.sqrt(inflated / 20000))
     assert float(x.var()) == pytest.approx(inflated, rel=4 * math.sqrt(2 / 20000))
+
+
+def term_of(index, weight, mask=None):
+    return ActiveTerm(index, weight, mask, str(index))
+
+
+@pytest.mark.parametrize("weights", [(5.0, -4.0), (-4.0, 5.0), (7.3, 1 - 7.3), (0.25, 0.75)])
+def test_two_weights_that_sum_to_one_are_a_pair(weights):
+    """Eq. 7; the smaller weight is the negative prompt's, wherever it stands."""
+    positive, negative = pair([term_of(place, weight) for place, weight in enumerate(weights)])
+    assert (positive.weight, negative.weight) == (max(weights), min(weights))
+
+
+def test_others_are_no_pair():
+    mask = torch.ones(1, 8, 8)
+    assert pair([term_of(0, 1.0)]) is None
+    assert pair([term_of(0, 5.0), term_of(1, -3.0)]) is None
+    assert pair([term_of(0, 5.0, mask), term_of(1, -4.0)]) is None
+    assert pair([term_of(0, 5.0), term_of(1, -5.0), term_of(2, 1.0)]) is None
+
+
+def test_a_scale_other_than_the_weights_sum():
+    """A rule's prediction H counts with weight 1, and stands for the weight w_i that is in it."""
+    base, rule, other = (torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    cond, scale = effective_cond(base, [rule, other], [term_of(0, 1.0), term_of(1, 3.0)], weight=5.0)
+    assert scale == 5.0
+    assert torch.allclose(base + scale * (cond - base), base + (rule - base) + 3.0 * (other - base), atol=1e-5)
