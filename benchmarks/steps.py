@@ -12,6 +12,7 @@ from ..gcfg.diagnostics import GuidanceReport, Recorder
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
 from ..nodes.runtime.lanes import BASE, FIRST, Lane
+from ..nodes.runtime.readings import Readings
 from .bench import SCALE, Bench, Step
 from .figures import Figure
 from .timing import Clock, Spread, Times, interleave, ratio
@@ -96,11 +97,11 @@ def recorded(guider: GCFGGuider, step: Step, clock: Clock, seconds: list[float])
         seconds.append(clock.time(lambda: take(*args)))
 
     recorder.record = record  # type: ignore[method-assign, assignment]
-    guider.run.recorder = recorder
+    guider.run.readings = Readings(recorder, guider.run.known)
     try:
         step()
     finally:
-        guider.run.recorder = None
+        guider.run.readings = None
 
 
 def separate(lanes: Sequence[Lane], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:

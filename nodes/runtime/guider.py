@@ -16,11 +16,11 @@ from ...gcfg.terms import GuidanceTerm
 from . import checks, further, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
-from .keys import Group, grouped, keyed, lasting_pair
+from .keys import Group, grouped, keyed, lasting_pair, ranged
 from .lanes import BASE, FIRST, Lane, TermGuider, Weight
 from .live import Watch
 from .loading import load_lanes
-from .run import Run, ranged
+from .run import Run
 from .sharing import share_equal
 
 

@@ -122,5 +122,11 @@ def first_named(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return {FIRST if key == first else key: entries for key, entries in conds.items()}
 
 
+def ranged(conds: dict[str, list[dict]]) -> set[str]:
+    """The keys of conditionings that are limited to a part of the sampling."""
+    limits = ("start_percent", "end_percent", "clip_start_percent", "timestep_start", "timestep_end")
+    return {key for key, entries in conds.items() if any(name in entry for entry in entries for name in limits)}
+
+
 def _spreads(options: dict[str, Any]) -> bool:
     return "gligen" in options or bool(options.get("control_apply_to_uncond", False))

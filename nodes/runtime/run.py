@@ -16,6 +16,7 @@ from ...gcfg.reuse import DeltaCache, Member
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Lane, Predictions, TermGuider, Weight, covers, predict
+from .readings import Guided, Readings
 from .step import Known, Step, Terms, decided
 
 
@@ -35,6 +36,7 @@ class Run:
         recorder: takes readings, where anybody looks.
         cache: deltas that are carried on, where a term allows it.
         known: what holds of the terms while it samples.
+        readings: takes readings while it samples, where anybody looks.
     """
 
     node: str
@@ -52,8 +54,6 @@ class Run:
         self._override_told = False
         # Hooks keep things in the options that they are handed, so these are one dict all run long.
         self._options_of_rules: dict[int, dict[str, Any]] = {}
-        self._watched: tuple[dict[str, Any], dict[str, Any]] | None = None
-        self._seen: list[tuple[Tensor, Tensor]] = []
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
 
     def begin(self) -> None:
@@ -69,6 +69,7 @@ class Run:
             frozenset(place for place, rule in self.rules.items() if rule.get("disable_cfg1_optimization")),
             lambda a, b: lanes[a] is lanes[b] and hooks.same_hooks(self.rules.get(a), self.rules.get(b)),
         )
+        self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
 
     def new_cache(self) -> DeltaCache | None:
         """An empty cache of deltas, where any term's may be carried on."""
@@ -140,8 +141,8 @@ class Run:
             denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
         else:
             denoised = self._sum(step, predictions, guided)
-        if self.recorder is not None:
-            self._record(self.recorder, step, predictions, guided, x, sigma, denoised)
+        if self.readings is not None:
+            self.readings.take(step, predictions, guided, x, sigma, denoised)
         return denoised
 
     def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
@@ -204,28 +205,19 @@ class Run:
     def _as_stock(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
         """Stock guidance by ComfyUI's own function, or by what a pack has put in its place."""
         lane, (term,) = self.lanes[0], step.around
-        key = self.keys[term.index]
         denoised: Tensor = comfy.samplers.sampling_function(
             lane.patcher.model,
             x,
             sigma,
             None if step.centre is None else lane.conds[step.centre],
-            lane.conds[key],
+            lane.conds[self.keys[term.index]],
             term.weight,
-            model_options=options if self.recorder is None else self._watching(options),
+            model_options=options if self.readings is None else self.readings.watching(options),
             seed=seed,
         )
-        if self.recorder is not None and self._seen:
-            cond, uncond = self._seen[0]
-            self._seen.clear()
-            shown = {key: cond} if step.centre is None else {key: cond, step.centre: uncond}
-            self._record(self.recorder, step, shown, [(cond, term)], x, sigma, denoised)
+        if self.readings is not None:
+            self.readings.take_seen(step, x, sigma, denoised)
         return denoised
-
-    def _watching(self, options: dict[str, Any]) -> dict[str, Any]:
-        if self._watched is None or self._watched[0] is not options:
-            self._watched = (options, hooks.watched(options, lambda *shown: self._seen.append(shown)))
-        return self._watched[1]
 
     def _by_own_rule(
         self,
@@ -261,7 +253,7 @@ class Run:
                 guide = placing.guided_by_sampling_function
             return guide(at, prediction.clone(), base, term.weight), replace(term, weight=1.0)
 
-    def _sum(self, step: Step, predictions: Predictions, guided: Sequence[tuple[Tensor, ActiveTerm]]) -> Tensor:
+    def _sum(self, step: Step, predictions: Predictions, guided: Guided) -> Tensor:
         if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.known.ruled:
             return guided[0][0]  # the rule's own result, to the last bit
         centre = None if step.centre is None else predictions[step.centre]
@@ -273,7 +265,7 @@ class Run:
         self,
         step: Step,
         predictions: Predictions,
-        guided: Sequence[tuple[Tensor, ActiveTerm]],
+        guided: Guided,
         x: Tensor,
         sigma: Tensor,
         options: dict[str, Any],
@@ -307,29 +299,3 @@ class Run:
         if not on_base:
             return BASE
         return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]
-
-    def _record(
-        self,
-        recorder: Recorder,
-        step: Step,
-        predictions: Predictions,
-        guided: Sequence[tuple[Tensor, ActiveTerm]],
-        x: Tensor,
-        sigma: Tensor,
-        denoised: Tensor,
-    ) -> None:
-        centre = None if step.centre is None else predictions[step.centre]
-        shown = dict(predictions)
-        for (prediction, _), term in zip(guided, step.around, strict=True):
-            if term.index in self.known.ruled and term.weight and centre is not None:  # so that w (D - D_0) is its pull
-                shown[self.keys[term.index]] = centre + (prediction - centre) / term.weight
-        outputs = [shown[self.keys[term.index]] for term in step.acting]
-        recorder.record(
-            x, sigma, centre if step.centre == BASE and BASE not in self.keys else None, outputs, step.acting, denoised
-        )
-
-
-def ranged(conds: dict[str, list[dict]]) -> set[str]:
-    """The keys of conditionings that are limited to a part of the sampling."""
-    limits = ("start_percent", "end_percent", "clip_start_percent", "timestep_start", "timestep_end")
-    return {key for key, entries in conds.items() if any(name in entry for entry in entries for name in limits)}

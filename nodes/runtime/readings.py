@@ -1,0 +1,72 @@
+"""What a run's recorder is shown of each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...gcfg.diagnostics import Recorder
+from ...gcfg.plan import ActiveTerm
+from . import hooks
+from .lanes import BASE, Predictions
+from .step import Known, Step
+
+Guided = Sequence[tuple[Tensor, ActiveTerm]]
+
+
+class Readings:
+    """Takes readings of a run, which change nothing of it.
+
+    Args:
+        recorder: what measures.
+        known: what the run knows of its terms.
+    """
+
+    def __init__(self, recorder: Recorder, known: Known) -> None:
+        self._recorder, self._known = recorder, known
+        self._watched: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def watching(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options under which stock guidance shows its predictions; one dict for one, since hooks write into it."""
+        if self._watched is None or self._watched[0] is not options:
+            self._watched = (options, hooks.watched(options, lambda *shown: self._seen.append(shown)))
+        return self._watched[1]
+
+    def take_seen(self, step: Step, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
+        """Measure what stock guidance showed of one conditional prediction."""
+        if not self._seen:
+            return
+        (term,), (cond, uncond) = step.around, self._seen[0]
+        self._seen.clear()
+        key = self._known.keys[term.index]
+        shown = {key: cond} if step.centre is None else {key: cond, step.centre: uncond}
+        self.take(step, shown, [(cond, term)], x, sigma, denoised)
+
+    def take(
+        self, step: Step, predictions: Predictions, guided: Guided, x: Tensor, sigma: Tensor, denoised: Tensor
+    ) -> None:
+        """Measure one evaluation.
+
+        Args:
+            step: what it was made of.
+            predictions: by key.
+            guided: for each term around the centre what was added, and its weight.
+            x: noisy latent, (B, C, *spatial).
+            sigma: (B,).
+            denoised: what the sampler gets.
+        """
+        keys = self._known.keys
+        centre = None if step.centre is None else predictions[step.centre]
+        shown = dict(predictions)
+        for (prediction, _), term in zip(guided, step.around, strict=True):
+            if (
+                term.index in self._known.ruled and term.weight and centre is not None
+            ):  # so that w (D - D_0) is its pull
+                shown[keys[term.index]] = centre + (prediction - centre) / term.weight
+        outputs = [shown[keys[term.index]] for term in step.acting]
+        # In a pair the name of the unconditional is its negative term's.
+        base = centre if step.centre == BASE and BASE not in keys else None
+        self._recorder.record(x, sigma, base, outputs, step.acting, denoised)
