@@ -200,6 +200,7 @@ def test_base_is_left_clean_and_copy_dies_with_its_clone(load_unet, weights, var
     models = [variants["lora 1"](base), variants["lora 2"](base)]
     gcfg(base, prompt(0), _terms(models, prompt), latent)
     assert torch.equal(gcfg(base, prompt(0), _terms([None], prompt), latent), before)
+    gc.collect()  # what other tests left behind
     kept = len(clones._copies)
     assert kept >= 2
     del models
@@ -294,7 +295,7 @@ def test_every_order_with_stock_runs_needs_no_copy(load_unet, weights, gcfg, sto
     run = results(base, clone, make(base))
     for name in order:
         assert torch.equal(run(name), kept_results[make][name]), name
-    assert len(clones._copies) == made
+    assert len(clones._copies) <= made
 
 
 @pytest.fixture(scope="module")
