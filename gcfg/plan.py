@@ -118,7 +118,7 @@ class GuidancePlan:
             percents = [term.start_percent, term.end_percent]
             if term.reuse is not None:
                 percents += [term.reuse.start_percent, term.reuse.end_percent]
-            start, end, *reuse = (float(percent_to_sigma(percent)) for percent in percents)
+            start, end, *reuse = (as_stored(float(percent_to_sigma(percent))) for percent in percents)
             return ScheduledTerm(term, term.label or str(place), start, end, percent_of, *reuse)
 
         return cls(tuple(scheduled(place, term) for place, term in enumerate(terms, start=1)))
@@ -184,6 +184,11 @@ class GuidancePlan:
             for scheduled in self.terms
             if scheduled.term.pulls and not any(scheduled.weight_at(sigma) for sigma in sigmas)
         )
+
+
+def as_stored(sigma: float) -> float:
+    """A noise level as samplers have it, in float32, so that a step that lies on a boundary is found to lie on it."""
+    return float(torch.tensor(sigma, dtype=torch.float32))
 
 
 def total_weight(terms: Sequence[ActiveTerm]) -> float:

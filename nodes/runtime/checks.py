@@ -108,13 +108,19 @@ def warn_settings(lanes: Sequence[Any]) -> None:
             )
 
 
+def cache_around(patcher: Any) -> str:
+    """The name of the cache that another pack has put around a model's calls, as it calls itself; else empty."""
+    wrapper = patcher.model_options.get("model_function_wrapper")
+    name = "" if wrapper is None else called(wrapper)
+    return name if "cache" in name.lower() else ""
+
+
 def warn_caches(lanes: Sequence[Any]) -> None:
     """Say where a cache that other packs put around a model keeps one state for several predictions."""
     found: dict[str, list[Any]] = {}
     for lane in lanes:
-        wrapper = lane.patcher.model_options.get("model_function_wrapper")
-        name = "" if wrapper is None else called(wrapper)
-        if "cache" in name.lower():
+        name = cache_around(lane.patcher)
+        if name:
             found.setdefault(name, []).append(lane)
     for name, holders in found.items():
         terms = max(len([key for key in lane.keys if key != BASE]) for lane in holders)

@@ -9,13 +9,16 @@ import comfy.samplers
 from torch import Tensor, count_nonzero
 
 from . import versions
-from .keys import first_named
-from .lanes import BASE, Lane
+from .lanes import BASE, PREDICT, Lane
 
 
-def prepare(lane: Lane) -> None:
-    """Give the lane's model options of this run, with its wrappers and the hooks of its conditionings."""
-    lane.guider.model_options = versions.prepare_options(lane.patcher, lane.conds)
+def prepare(lane: Lane, base: comfy.samplers.CFGGuider) -> None:
+    """Give the lane's model options of this run, with its wrappers and the hooks of its conditionings.
+
+    A node in front of a branch puts one wrapper around both models' predictions, and acts once, on the sampler's.
+    """
+    lane.guider.model_options = versions.prepare_options(lane.patcher, lane.guider.conds)
+    versions.drop_wrappers(PREDICT, lane.guider.model_options, base.model_options)
 
 
 def begin(
@@ -45,8 +48,8 @@ def begin(
             )
             return list(found.values())
 
-        own = {key: conds for key, conds in guider.conds.items() if key != BASE}
-        found = dict(zip(own, processed(first_named(own)), strict=True))
+        own = {name: conds for name, conds in guider.conds.items() if name != BASE}
+        found = dict(zip(own, processed(own), strict=True))
         if BASE in guider.conds:  # by itself, so that areas do not spread between it and the terms
             (found[BASE],) = processed({BASE: guider.conds[BASE]})
         guider.conds = found

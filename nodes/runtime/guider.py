@@ -16,8 +16,8 @@ from ...gcfg.terms import GuidanceTerm
 from . import checks, further, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
-from .keys import Group, grouped, keyed, lasting_pair, ranged
-from .lanes import BASE, FIRST, Lane, TermGuider, Weight
+from .keys import Group, first_named, grouped, keyed, lasting_pair, ranged
+from .lanes import BASE, FIRST, PREDICT, Lane, TermGuider, Weight
 from .live import Watch
 from .loading import load_lanes
 from .run import Run
@@ -61,7 +61,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.check_run(node, model_patcher, unconditional, self.plan)
         self.groups = grouped(model_patcher, terms)
         self.rules = self._rules()
-        two = lasting_pair([place for place in self.groups[0].terms if place not in self.rules], terms)
+        two = self._lasting_pair(terms)
+        if two is not None:
+            self.cfg = Weight(terms[two[0]].weight)
         self.keys = keyed(self.groups, unconditional, terms, two)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
@@ -152,7 +154,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
         try:
             for lane in others:
-                further.prepare(lane)
+                further.prepare(lane, self)
             with placing.functions(run.outside):
                 return wrapping.within(wrapping.OUTER, others, around_run, callback, prepared, run.outside, **kwargs)
         finally:
@@ -170,6 +172,16 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             seed: of the run.
         """
         return self.run.evaluate(x, timestep, model_options or {}, seed, self.cfg)
+
+    def _lasting_pair(self, terms: Sequence[GuidanceTerm]) -> tuple[int, int] | None:
+        return lasting_pair([place for place in self.groups[0].terms if place not in self.rules], terms)
+
+    def __call__(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stock's way to a prediction; wrappers on it find in `cfg` the weight of this noise level."""
+        if self.plan.steady is None and versions.wrappers(PREDICT, self.model_options):
+            self.cfg = Weight(self.run.weight_at(float(timestep[0])))
+        prediction: Tensor = super().__call__(x, timestep, *args, **kwargs)
+        return prediction
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
         return noise.shape  # of the largest batch of latents that one call evaluates
@@ -197,7 +209,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         *steps, last = levels
         checks.warn_idle(self.plan.idle(steps or [last]))
         used = set(self.plan.used([*(steps or [last]), last]))
-        own = [self.keys[place] for place in self.groups[0].terms if place in used]
+        own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].terms if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
@@ -221,14 +233,16 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         lanes = []
         for patcher, (_, places), entries in zip(patchers[1:], groups, conds, strict=True):
             keys = list(dict.fromkeys(self.keys[place] for place in places))
-            guider = TermGuider(patcher, entries)
+            guider = TermGuider(patcher, first_named(entries))
             guider.cfg = Weight(self.plan.terms[places[0]].term.weight)
-            lanes.append(Lane(guider, keys, f"Guidance Term '{self.plan.terms[places[0]].label}'"))
+            name = f"Guidance Term '{self.plan.terms[places[0]].label}'"
+            lanes.append(Lane(guider, keys, name, dict(zip(entries, guider.conds, strict=True))))
         return lanes
 
     def _further_conds(self, group: Group, places: Sequence[int]) -> dict[str, list[dict]]:
-        """A group's conditionings; with the unconditional where a rule or a patch of its model looks at it."""
+        """A group's conditionings; with the unconditional where something of its model looks at it."""
         conds = {self.keys[place]: comfy.sampler_helpers.convert_cond(self._conditioning(place)) for place in places}
-        if any(place in self.rules for place in places) or wants_uncond(group.patcher):
+        looked_at = any(place in self.rules for place in places) or wants_uncond(group.patcher)
+        if looked_at or versions.has_run_wrappers(group.patcher):
             conds[BASE] = comfy.sampler_helpers.convert_cond(self.unconditional)
         return conds

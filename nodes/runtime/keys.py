@@ -13,6 +13,7 @@ from typing import Any
 from ...gcfg.combine import pair
 from ...gcfg.plan import ActiveTerm
 from ...gcfg.terms import GuidanceTerm
+from . import versions
 from .clones import identical
 from .lanes import BASE, FIRST, PREDICT, takes
 
@@ -48,7 +49,10 @@ def _joins(terms: Sequence[GuidanceTerm], place: int, patcher: Any, group: Group
     if not takes(patcher, group.patcher):
         return False
     # Wrappers around a whole prediction keep the state of one.
-    alone = not is_base and bool(getattr(patcher, "wrappers", {}).get(PREDICT))
+    held = bool(getattr(patcher, "wrappers", {}).get(PREDICT)) or bool(
+        versions.wrappers(PREDICT, patcher.model_options)
+    )
+    alone = not is_base and held
     return not alone or any(_same_prediction(terms[place], terms[other]) for other in group.terms)
 
 
@@ -117,8 +121,9 @@ def _lasts(term: GuidanceTerm) -> bool:
 
 
 def first_named(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """A further model's conditionings under names of which one is "positive", as stock processing wants."""
-    first = next((key for key, entries in conds.items() if any(map(_spreads, entries))), next(iter(conds)))
+    """A further model's conditionings under names of which one is "positive", as stock code and wrappers want."""
+    first = next((key for key, entries in conds.items() if key != BASE and any(map(_spreads, entries))), None)
+    first = next(iter(conds)) if first is None else first
     return {FIRST if key == first else key: entries for key, entries in conds.items()}
 
 

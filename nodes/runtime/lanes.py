@@ -13,6 +13,7 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor, nn
 
+from ...gcfg.plan import as_stored
 from . import hooks, placing, versions
 from .clones import same_calls, same_weights
 from .index import reads_index
@@ -36,12 +37,20 @@ class Lane:
         guider: what the model's wrappers know as their guider: the sampler's own, or a `TermGuider`.
         keys: the names of its predictions, in the order of the terms; `BASE` is the unconditional one.
         name: of its first term, for messages.
+        stock_names: under which names the guider has the conditionings of a further model, by key.
     """
 
-    def __init__(self, guider: comfy.samplers.CFGGuider, keys: Sequence[str], name: str = "") -> None:
+    def __init__(
+        self,
+        guider: comfy.samplers.CFGGuider,
+        keys: Sequence[str],
+        name: str = "",
+        stock_names: dict[str, str] | None = None,
+    ) -> None:
         self.guider = guider
         self.keys = list(keys)
         self.name = name
+        self._stock_names = stock_names
         self.options = guider.model_options  # of this run, once it is prepared
         self.functions = placing.functions_in_place()
         self._beside: dict[str, Any] = {}
@@ -58,7 +67,10 @@ class Lane:
     @property
     def conds(self) -> dict[str, list[dict]]:
         """Its conditionings by key, processed for the model while a run is on."""
-        return self.guider.conds
+        conds: dict[str, list[dict]] = self.guider.conds
+        if self._stock_names is None:
+            return conds
+        return {key: conds[name] for key, name in self._stock_names.items()}
 
     def placed_beside(self, owner: Any) -> None:
         """Note what has to be put in place around this lane's calls on the module that `owner` has loaded."""
@@ -160,6 +172,7 @@ class Lane:
             self.reads_index
             or "sampler_calc_cond_batch_function" in options
             or self.is_replaced
+            or placing.is_replaced(self.functions["calc_cond_batch"])
             or any("control" in entry for term in terms for entry in self.conds[term])
         )
 
@@ -289,8 +302,8 @@ def covers(conds: Sequence[dict], sigma: float) -> bool:
     """Whether any of these processed conditionings acts at `sigma`; outside its range a prediction is all zeros."""
     return any(
         not (
-            ("timestep_start" in cond and sigma > float(cond["timestep_start"]))
-            or ("timestep_end" in cond and sigma < float(cond["timestep_end"]))
+            ("timestep_start" in cond and sigma > as_stored(float(cond["timestep_start"])))
+            or ("timestep_end" in cond and sigma < as_stored(float(cond["timestep_end"])))
         )
         for cond in conds
     )

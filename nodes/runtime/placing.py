@@ -43,7 +43,8 @@ def functions(put: Functions) -> Iterator[None]:
 
 def is_replaced(function: Callable[..., Any]) -> bool:
     """Whether a pack's function stands in the place of ComfyUI's."""
-    return getattr(function, "__module__", None) != comfy.samplers.__name__
+    code = getattr(function, "__code__", None)  # a function's name may be copied from what it stands around
+    return code is None or code.co_filename != comfy.samplers.__file__
 
 
 def own_guidance(own: dict[str, Any], base: dict[str, Any]) -> dict[str, Any] | None:

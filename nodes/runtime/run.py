@@ -101,9 +101,11 @@ class Run:
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
         acting = plan.steady if plan.steady is not None and not self.ranged else self._acting(plan, float(sigma[0]))
+        two = None
         if cfg is not None and not isinstance(cfg, Weight):
-            acting = self._overridden(acting, cfg)
-        step = decided(acting, self.known, hooks.has_hooks(options), bool(options.get("disable_cfg1_optimization")))
+            acting, two = self._overridden(acting, cfg)
+        eager = bool(options.get("disable_cfg1_optimization"))
+        step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
         return step if cache is None else self._with_carried_on(step, plan, cache, float(sigma[0]))
@@ -166,17 +168,28 @@ class Run:
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
         return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(centre, members, sigma), *beside])))
 
-    def _overridden(self, acting: Terms, cfg: float) -> Terms:
-        """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override)."""
+    def _overridden(self, acting: Terms, cfg: float) -> tuple[Terms, Terms | None]:
+        """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override).
+
+        Returns:
+            The terms, and which of them is the positive and which the negative of a pair.
+        """
         if len(acting) == 1:
-            return (replace(acting[0], weight=cfg),)
+            return (replace(acting[0], weight=cfg),), None
         two = pair(acting)
         if two is not None:
-            return tuple(replace(term, weight=cfg if term is two[0] else 1.0 - cfg) for term in acting)
+            found = (replace(two[0], weight=cfg), replace(two[1], weight=1.0 - cfg))
+            return found if two[0] is acting[0] else found[::-1], found
         if acting and not self._override_told:
             checks.warn_override(len(acting))
             self._override_told = True
-        return acting
+        return acting, None
+
+    def weight_at(self, sigma: float) -> float:
+        """The weight of stock guidance at a noise level: of the positive of a pair, else the sum."""
+        acting = self.plan.active(sigma)
+        two = pair(acting)
+        return total_weight(acting) if two is None else two[0].weight
 
     def _with_weights_that_wrappers_set(self, step: Step) -> Step:
         """The step with the weights that wrappers of a term's own model set while it was evaluated."""
@@ -231,15 +244,15 @@ class Run:
         """What hooks of a term's own model make of its prediction, H(D_0, D_i, w_i); its weight is in it."""
         key = self.keys[term.index]
         prediction, lane = predictions[key], self._lane_of[key]
-        if term.index not in self._options_of_rules:
-            own = options if lane is self.lanes[0] else lane.options
-            own = {name: v for name, v in own.items() if name != "sampler_calc_cond_batch_function"}  # done already
-            self._options_of_rules[term.index] = {**hooks.without_hooks(own), **self.rules.get(term.index, {})}
+        own = hooks.without_hooks(options if lane is self.lanes[0] else lane.options)
+        own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
+        kept = self._options_of_rules.setdefault(term.index, {})
+        kept.update({**own, **self.rules.get(term.index, {})})
         uncond = step.centre if step.centre in lane.keys else BASE
         centre = None if step.centre is None else predictions[step.centre]
         at = hooks.Situation(
             lane.patcher.model,
-            self._options_of_rules[term.index],
+            kept,
             x,
             sigma,
             lane.conds[key],
@@ -293,9 +306,8 @@ class Run:
 
     def _key_for_hooks(self, step: Step) -> str:
         """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
-        on_base = [
-            term for term in (step.around if self._is_single(step) else step.acting) if term.index in self.known.on_base
-        ]
+        on_base = [term for term in step.acting if term.index in self.known.on_base]
+        on_base = [term for term in on_base if self.keys[term.index] != step.centre] or on_base
         if not on_base:
             return BASE
         return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]

@@ -52,7 +52,7 @@ class Known:
     alike: Callable[[int, int], bool]
 
 
-def decided(acting: Terms, known: Known, hooked: bool, eager: bool) -> Step:
+def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms | None = None) -> Step:
     """The evaluation of these terms.
 
     Args:
@@ -60,16 +60,18 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool) -> Step:
         known: what the run knows of them.
         hooked: as in `Step`.
         eager: whether something asks for the unconditional prediction at every weight.
+        two: the positive and the negative of a pair, where that is known already.
     """
     places = [term.index for term in acting]
     keys = dict.fromkeys(known.keys[place] for place in places)
-    two = None if known.wrapped.intersection(places) else pair(acting)
+    two = None if known.wrapped.intersection(places) else two or pair(acting)
     if two is not None and (two[1].index not in known.ruled or known.alike(two[0].index, two[1].index)):
         # Stock guidance with a negative prompt. Hooks of a model that predicts neither look at the unconditional.
         beside = (BASE,) if hooked and known.on_base.isdisjoint(places) else ()
         return Step(acting, known.keys[two[1].index], two[:1], (*keys, *beside), hooked)
     if len(acting) == 1:
-        own = places[0] in known.eager or (hooked and places[0] not in known.on_base)
+        stock = places[0] in known.on_base and places[0] not in known.ruled
+        own = places[0] in known.eager or (hooked and not stock)
     else:
         own = hooked or bool(known.ruled.intersection(places))
     if own or eager or not acting or known.wrapped.intersection(places) or needs_base(acting):

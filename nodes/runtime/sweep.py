@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ...gcfg.lockstep import RandomState, run_in_step
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.terms import GuidanceTerm
-from . import hooks
+from . import checks, hooks, versions
 from .guider import GCFGGuider
 from .lanes import BASE, predict
 from .run import Run
@@ -64,6 +64,9 @@ class SweepGuider(GCFGGuider):
             return self._one_by_one(noise, latent_image, sampler, sigmas, *args, **kwargs)
         return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
 
+    def _lasting_pair(self, terms: Sequence[GuidanceTerm]) -> None:
+        """None: what is a pair in one cell is none in another."""
+
     def _one_by_one(self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any) -> Any:
         """Every cell as a run of its own."""
         callback, results = kwargs.pop("callback", None), []
@@ -88,9 +91,13 @@ class SweepGuider(GCFGGuider):
 
 def _keeps_state(patcher: Any) -> bool:
     """Whether nodes on a model may carry something from step to step, which cells in step would mix."""
-    around_runs = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise", "calc_cond_batch")
     wrappers = getattr(patcher, "wrappers", {})
-    return hooks.has_hooks(patcher.model_options) or any(any(wrappers.get(kind, {}).values()) for kind in around_runs)
+    return (
+        hooks.has_hooks(patcher.model_options)
+        or versions.has_run_wrappers(patcher)
+        or any(wrappers.get("calc_cond_batch", {}).values())
+        or bool(checks.cache_around(patcher))
+    )
 
 
 class _EachCell(comfy.samplers.Sampler):

@@ -107,6 +107,24 @@ def wrappers(kind: str, options: dict[str, Any]) -> list[Any]:
     return found
 
 
+def has_run_wrappers(patcher: Any) -> bool:
+    """Whether a model carries wrappers around a run or a whole prediction, which look at their guider."""
+    kinds = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise")
+    held = getattr(patcher, "wrappers", {})
+    return any(any(held.get(kind, {}).values()) or wrappers(kind, patcher.model_options) for kind in kinds)
+
+
+def drop_wrappers(kind: str, options: dict[str, Any], other: dict[str, Any]) -> None:
+    """Take those wrappers out of a run's options that another model has too, made by one and the same node.
+
+    A node makes its wrapper inside a function of its own; a function of a module is the same for all its nodes.
+    """
+    theirs = {id(wrapper) for wrapper in wrappers(kind, other) if "<" in getattr(wrapper, "__qualname__", "")}
+    named = options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
+    for name, found in named.items():
+        named[name] = [wrapper for wrapper in found if id(wrapper) not in theirs]
+
+
 def wrapped(kind: str, options: dict[str, Any], function: Any, owner: Any = None) -> Any:
     """The function inside the wrappers of that kind, as stock sampling calls it.
 
