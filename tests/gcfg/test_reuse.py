@@ -7,7 +7,7 @@ import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.reuse import DeltaCache, Member, Reuse
 from comfyui_gcfg.gcfg.steps import Steps
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 SIGMAS = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0]
@@ -294,6 +294,7 @@ def test_without_terms_the_centre_is_evaluated():
     assert run([])[0] == ["0"] * 7
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(st.floats(0.01, 20.0), min_size=1, max_size=12), st.booleans())
 def test_every_step_means_every_step(levels, linear):
     """Whatever a solver asks for, in whatever order: k = 1 and threshold 0 leave nothing out."""

@@ -396,3 +396,63 @@ def test_a_rule_with_guidance_cache(gcfg, put, prior, concept, prompt, latent, c
     assert not torch.equal(carried, run(2, concept)), "the rule acts"
     error = float((carried - full).norm() / full.norm())
     assert 0 < error < float((run(None, concept) - full).norm() / full.norm())
+
+
+def test_a_sweep_whose_first_cell_is_a_pair(gcfg, prior, prompt, latent):
+    """Its other cells are none, and are measured from the unconditional."""
+    from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
+    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+
+    cells = [(GuidanceTerm(w, conditioning=prompt(1)), GuidanceTerm(-4.0, conditioning=prompt(2))) for w in (5.0, 3.0)]
+    settings = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal"}
+    got = sample_latent(SweepGuider(prior, prompt(0), cells, "Test", 8), latent, **settings)["samples"]
+    expected = torch.cat([gcfg(prior, prompt(0), cell, latent, steps=2) for cell in cells])
+    assert close(got, expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_rule_of_any_weight_under_a_hook_of_the_sampler(gcfg, put, prior, prompt, latent, weight):
+    model = put(prior, NODES["RescaleCFG"])
+    ruled = prior.clone()
+    ruled.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 1.01)
+    terms = [GuidanceTerm(weight, model=ruled, conditioning=prompt(1))]
+    assert torch.isfinite(gcfg(model, prompt(0), terms, latent, steps=2)).all()
+
+
+def test_equal_predictions_are_evaluated_once(gcfg, prior, concept, prompt, latent, count_forwards):
+    calls, text = count_forwards(prior, concept), prompt(1)
+    same = [GuidanceTerm(3.0, conditioning=text), GuidanceTerm(2.0, conditioning=text)]
+    got = gcfg(prior, prompt(0), same, latent, steps=1)
+    assert [rows for _, rows in calls] == [2]
+    assert close(got, gcfg(prior, prompt(0), [GuidanceTerm(5.0, conditioning=text)], latent, steps=1))
+    calls.clear()
+    gcfg(prior, prompt(0), [GuidanceTerm(w, model=concept, conditioning=text) for w in (3.0, 2.0)], latent, steps=1)
+    assert sorted(rows for _, rows in calls) == [1, 1]
+
+
+@pytest.mark.parametrize("percent", [0.1, 0.2, 0.6])
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_a_boundary_that_a_step_lies_on(comfy, transformer, short, steps, percent):
+    """A flow model's noise levels: stock compares them as float32, so must we, or a step on a boundary is missed."""
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    model = transformer(0)
+    sampling = model.get_model_object("model_sampling")
+    levels = comfy.samplers.calculate_sigmas(sampling, "simple", steps)[:-1]
+    start = sampling.percent_to_sigma(percent)
+    expected = [not bool(level > start) for level in levels]  # as comfy.samplers.get_area_and_mult compares
+    term = GuidanceTerm(3.0, start_percent=percent, conditioning=short(1))
+    plan = GCFGGuider(model, short(0), [term], "Test").plan
+    assert [bool(plan.active(float(level))) for level in levels] == expected
+
+
+def test_an_unconditional_in_two_ranges(gcfg, stock, transformer, short):
+    import sys
+
+    ranged = sys.modules["nodes"].ConditioningSetTimestepRange().set_range
+    image, model = {"samples": torch.zeros(1, 16, 8, 8)}, transformer(0)
+    unconditional = ranged(short(2), 0.0, 0.25)[0] + ranged(short(3), 0.251, 1.0)[0]
+    settings = {"steps": 4, "scheduler": "simple"}
+    expected = stock(model, short(1), unconditional, image, cfg=3.0, **settings)
+    got = gcfg(model, unconditional, [GuidanceTerm(3.0, conditioning=short(1))], image, **settings)
+    assert torch.equal(got, expected)

@@ -280,3 +280,75 @@ def test_a_pack_that_replaced_functions_for_good(gcfg, stock, prior, concept, pr
     terms = [*one, GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
     expected = gcfg(prior, prompt(2), terms, latent, steps=STEPS)
     assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["outer_sample", "sampler_sample", "predict_noise"])
+def test_a_terms_wrapper_finds_stock_names(gcfg, prior, concept, prompt, latent, kind):
+    seen = []
+
+    def wrapper(executor, *args, **kwargs):
+        guider = args[0] if kind == "sampler_sample" else executor.class_obj
+        seen.append((set(guider.conds), guider.cfg))
+        return executor(*args, **kwargs)
+
+    model = concept.clone()
+    model.add_wrapper(kind, wrapper)
+    gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=model, conditioning=prompt(1))], latent, steps=1)
+    assert seen == [({"positive", "negative"}, 2.0)]
+
+
+def halving(model):
+    clone = model.clone()
+
+    def half(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before, guider.cfg = guider.cfg, guider.cfg * 0.5
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.cfg = before
+
+    clone.add_wrapper("predict_noise", half)
+    return clone
+
+
+def test_the_cfg_that_a_wrapper_sees_is_the_weight_of_the_step(gcfg, stock, prior, prompt, latent):
+    from comfyui_gcfg.gcfg.curves import WeightCurve
+
+    pair = [GuidanceTerm(6.0, conditioning=prompt(1)), GuidanceTerm(-5.0, conditioning=prompt(2))]
+    expected = stock(prior, prompt(1), prompt(2), latent, cfg=3.0)
+    assert torch.equal(gcfg(halving(prior), prompt(0), pair, latent), expected)
+
+    def falling(start, end):
+        return [GuidanceTerm(start, conditioning=prompt(1), curve=WeightCurve("linear", end))]
+
+    got = gcfg(halving(prior), prompt(0), falling(6.0, 1.0), latent)
+    assert torch.equal(got, gcfg(prior, prompt(0), falling(3.0, 0.5), latent))
+
+
+def test_a_wrapper_before_a_branch_acts_once(gcfg, prior, prompt, latent):
+    def louder(executor, *args, **kwargs):
+        return executor(*args, **kwargs) * 0.9
+
+    shared = prior.clone()
+    shared.add_wrapper("predict_noise", louder)
+    branch = shared.clone()
+    branch.set_model_attn2_patch(lambda n, k, v, extra: (n, k * 0.5, v))
+    plain = prior.clone()
+    plain.set_model_attn2_patch(lambda n, k, v, extra: (n, k * 0.5, v))
+    got = gcfg(shared, prompt(0), [GuidanceTerm(2.0, model=branch, conditioning=prompt(1))], latent, steps=2)
+    expected = gcfg(shared, prompt(0), [GuidanceTerm(2.0, model=plain, conditioning=prompt(1))], latent, steps=2)
+    assert torch.equal(got, expected)
+
+
+def test_a_wrapper_among_the_options_of_two_terms(gcfg, has_wrappers, prior, concept, prompt, latent):
+    model, calls = concept.clone(), []
+
+    def count(executor, *args, **kwargs):
+        calls.append(1)
+        return executor(*args, **kwargs)
+
+    has_wrappers.add_wrapper_with_key("predict_noise", "test", count, model.model_options, is_model_options=True)
+    terms = [GuidanceTerm(2.0, model=model, conditioning=prompt(seed)) for seed in (1, 3)]
+    gcfg(prior, prompt(2), terms, latent, steps=STEPS)
+    assert len(calls) == 2 * STEPS
