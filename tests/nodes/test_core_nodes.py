@@ -63,6 +63,7 @@ TRANSFORMER_NODES = {
 EVALUATION = ("AttentionMultiply", "NAG")  # change the predictions, not their combination
 REPLACING = ("RescaleCFG", "PerpNeg", "APG", "TCFG", "FreSca", "RenormCFG", "LatentApplyOperationCFG")
 REPLACING += ("VideoLinearCFG", "VideoTriangleCFG", "CFGNorm, before")
+FLOW_SIGMAS = (0.8, 0.0)
 SIGMAS = (6.0, 0.0)  # one step to 0, whose result is the prediction itself
 CLOSE = 2e-5  # the same float32 operations in another order
 
@@ -209,13 +210,16 @@ def test_cfg_pp_samplers(gcfg, stock, prior, put, prompt, latent, comfy):
 
 @pytest.fixture
 def one_step(comfy):
-    """The result of one step from sigma 6 to 0 of a guider; that is its prediction, in the latent's scale."""
+    """The result of one step from sigma 6 (a flow model's: 0.8) to 0 of a guider; that is its prediction."""
 
     def run(guider):
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        model = guider.model_patcher.model
+        channels = model.latent_format.latent_channels
+        noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(1))
         sampler = comfy.samplers.sampler_object("euler")
-        sigmas, image = torch.tensor(SIGMAS), torch.zeros(1, 4, 8, 8)
-        return guider.sample(noise, image, sampler, sigmas, disable_pbar=True, seed=1) * 0.18215
+        sigmas = torch.tensor(SIGMAS if channels == 4 else FLOW_SIGMAS)
+        image = torch.zeros(1, channels, 8, 8)
+        return model.process_latent_in(guider.sample(noise, image, sampler, sigmas, disable_pbar=True, seed=1))
 
     return run
 
@@ -280,6 +284,29 @@ def test_on_a_terms_model_it_is_that_terms_rule(gcfg_step, stock_step, put, prio
     assert not close(got, gcfg_step(prior, prompt(0), terms)), "the node acts"
     alone = gcfg_step(prior, prompt(0), [GuidanceTerm(2.0, model=put(concept, NODES[name]), conditioning=prompt(2))])
     assert close(alone, rule)
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_NODES)
+def test_a_transformer_on_a_term_and_on_the_sum(gcfg_step, stock_step, put, transformer, short, name):
+    own, other = transformer(0), transformer(1)
+    base, control = (stock_step(transformer(0), short(seed), short(0)) for seed in (0, 1))
+    node = TRANSFORMER_NODES[name]
+    rule = stock_step(put(transformer(1), node), short(2), short(0), 2.0, uncond=base)
+    terms = [
+        GuidanceTerm(3.0, conditioning=short(1)),
+        GuidanceTerm(2.0, model=put(other, node), conditioning=short(2)),
+    ]
+    assert close(gcfg_step(own, short(0), terms), base + 3.0 * (control - base) + (rule - base))
+    plain = stock_step(transformer(1), short(2), short(0))
+    total = base + 3.0 * (control - base) + 2.0 * (plain - base)
+    put_in = {"cond": base + (total - base) / 5.0} if name in REPLACING else {"total": total}
+    terms[1] = GuidanceTerm(2.0, model=other, conditioning=short(2))
+    if name == "SLG simple":  # it changes how the unconditional is predicted
+        skipped = stock_step(put(transformer(0), node), short(1), short(0), 0.0)
+        expected = skipped + 3.0 * (control - skipped) + 2.0 * (plain - skipped)
+    else:
+        expected = stock_step(put(transformer(0), node), short(1), short(0), 5.0, uncond=base, **put_in)
+    assert close(gcfg_step(put(own, node), short(0), terms), expected)
 
 
 def test_two_rules_in_one_run(gcfg_step, stock_step, put, prior, concept, separate, prompt):
