@@ -17,11 +17,12 @@ from . import checks, further, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
 from .keys import Group, first_named, grouped, keyed, lasting_pair, ranged
-from .lanes import BASE, FIRST, PREDICT, Lane, TermGuider, Weight
+from .lanes import BASE, FIRST, PREDICT, Lane
 from .live import Watch
 from .loading import load_lanes
 from .run import Run
 from .sharing import share_equal
+from .term_guider import TermGuider, Weight
 
 
 class GCFGGuider(comfy.samplers.CFGGuider):

@@ -6,7 +6,7 @@ that of the unconditional model, which stock sampling prepares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...gcfg.plan import as_stored
 from . import hooks, placing, versions
 from .clones import same_calls, same_weights
 from .index import reads_index
+from .term_guider import TermGuider
 
 BASE = "negative"  # the names that previews and other packs read from a guider
 FIRST = "positive"
@@ -216,36 +217,6 @@ class Lane:
             seed=seed,
         )
         return taken[: 1 if other is None else 2]
-
-
-class Weight(float):
-    """A guider's `cfg` as the terms give it; a plain number in its place is what a wrapper set."""
-
-
-class TermGuider(comfy.samplers.CFGGuider):
-    """A further model as its own wrappers see it: a guider whose prediction is one term's.
-
-    Args:
-        patcher: the model.
-        conds: its conditionings, as a guider holds them before they are processed.
-
-    Attributes:
-        predict: evaluates it without its wrappers.
-        override: the weight that a wrapper set while it was evaluated last, or None.
-    """
-
-    def __init__(self, patcher: Any, conds: dict[str, list[dict]]) -> None:
-        super().__init__(patcher)
-        self.conds = conds
-        self.inner_model = patcher.model
-        self.predict: Callable[..., Tensor] | None = None
-        self.override: float | None = None
-
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
-        """The term's prediction D_i, without the sum."""
-        assert self.predict is not None
-        self.override = None if isinstance(self.cfg, Weight) else self.cfg
-        return self.predict(x, timestep, model_options or {}, seed)
 
 
 def predict(

@@ -15,9 +15,10 @@ from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
 from ...gcfg.reuse import DeltaCache, Member
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
-from .lanes import BASE, Lane, Predictions, TermGuider, Weight, covers, predict
+from .lanes import BASE, Lane, Predictions, covers, predict
 from .readings import Guided, Readings
 from .step import Known, Step, Terms, decided
+from .term_guider import TermGuider, Weight
 
 
 @dataclass(eq=False)
