@@ -33,7 +33,6 @@ def begin(
 ) -> None:
     """Process the conditionings of a model that is loaded, and tell its callbacks that sampling begins."""
     guider, patcher = lane.guider, lane.patcher
-    lane.begun = True
     versions.options_to_device(patcher, guider.model_options, device)
     with lane.at_work():
         versions.start_run(patcher)
@@ -62,8 +61,8 @@ def begin(
 def end(lane: Lane) -> None:
     """Take everything back that `prepare` and `begin` did to a model."""
     guider = lane.guider
-    comfy.sampler_helpers.cleanup_models(guider.conds, getattr(guider, "loaded_models", []))
-    if lane.begun:
-        lane.begun = False
-        versions.end_run(lane.patcher, guider.model_options)
     lane.leave()
+    try:
+        comfy.sampler_helpers.cleanup_models(guider.conds, getattr(guider, "loaded_models", []))
+    finally:
+        versions.end_run(lane.patcher, guider.model_options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import comfy.sampler_helpers
@@ -24,14 +25,16 @@ from .run import Run
 from .sharing import share_equal
 from .term_guider import TermGuider, Weight
 
+_OF_STOCK_RUN = ("conds", "inner_model", "loaded_models")  # which stock sampling lets go of after a good run only
+
 
 class GCFGGuider(comfy.samplers.CFGGuider):
     """Guider that sums weighted deltas of several models around one unconditional model.
 
         denoised = D_0 + sum_i w_i (D_i - D_0)          # GCFG, Cao et al. 2023, Eq. 3
 
-    `sample()` and everything around it stay ComfyUI's; only `inner_sample` (where the further models are prepared) and
-    `predict_noise` (where they are evaluated) are ours.
+    Sampling and everything around it stay ComfyUI's; ours are `inner_sample`, where the further models are prepared,
+    and `predict_noise`, where they are evaluated.
 
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
@@ -94,12 +97,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             raise
         finally:
             self.watch.end(recorder)
-            for name in (
-                "run",
-                "conds",
-                "inner_model",
-                "loaded_models",
-            ):  # the others stock lets go of after a good run
+            for name in ("run", *_OF_STOCK_RUN):
                 self.__dict__.pop(name, None)
 
     def inner_sample(
@@ -153,15 +151,13 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                     noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs
                 )
 
-        try:
+        with ExitStack() as afterwards:  # each is done, also where another fails
+            afterwards.callback(versions.activate, base.patcher)
             for lane in others:
+                afterwards.callback(further.end, lane)
                 further.prepare(lane, self)
             with placing.functions(run.outside):
                 return wrapping.within(wrapping.OUTER, others, around_run, callback, prepared, run.outside, **kwargs)
-        finally:
-            for lane in reversed(others):
-                further.end(lane)
-            versions.activate(base.patcher)
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         """The guided denoised prediction at one noise level.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...gcfg.plan import as_stored
 from . import hooks, placing, versions
 from .clones import same_calls, same_weights
-from .index import reads_index
+from .index import reads_index, wants_uncond
 from .term_guider import TermGuider
 
 BASE = "negative"  # the names that previews and other packs read from a guider
@@ -55,10 +55,10 @@ class Lane:
         self.options = guider.model_options  # of this run, once it is prepared
         self.functions = placing.functions_in_place()
         self._beside: dict[str, Any] = {}
-        self.begun = False
         self.is_wrapped = self.is_replaced = self.own_sampling_function = False
         self._moves = True
         self.reads_index = reads_index(guider.model_patcher)
+        self._wants_uncond = wants_uncond(guider.model_patcher)
 
     @property
     def patcher(self) -> Any:
@@ -86,15 +86,6 @@ class Lane:
             if isinstance(value, nn.Module):
                 value.to(self.patcher.offload_device)
         self._beside = {}
-
-    @property
-    def _wants_uncond(self) -> bool:
-        """Whether a patch needs the unconditional beside each of a further model's predictions."""
-        return (
-            self.reads_index
-            and BASE in self.conds
-            and bool(self.patcher.model_options.get("disable_cfg1_optimization"))
-        )
 
     def settle(self, lanes: Sequence[Lane], outside: placing.Functions) -> None:
         """Note what holds while the run samples.

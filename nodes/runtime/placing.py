@@ -104,13 +104,11 @@ def object_patches_beside(owner: Any, patcher: Any) -> dict[str, Any]:
 def placed(put: Functions, model: nn.Module, beside: dict[str, Any]) -> Iterator[None]:
     """Have these sampling functions stand in `comfy.samplers`, and these attributes on a model, within the block."""
     before: list[tuple[str, Any]] = []
-    functions_before = functions_in_place()
-    try:
-        vars(comfy.samplers).update(put)
-        for key, value in beside.items():
-            before.append((key, comfy.utils.set_attr(model, key, value)))
-        yield
-    finally:
-        for key, value in reversed(before):
-            comfy.utils.set_attr(model, key, value)
-        vars(comfy.samplers).update(functions_before)
+    with functions(put):
+        try:
+            for key, value in beside.items():
+                before.append((key, comfy.utils.set_attr(model, key, value)))
+            yield
+        finally:
+            for key, value in reversed(before):
+                comfy.utils.set_attr(model, key, value)

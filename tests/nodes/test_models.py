@@ -278,3 +278,25 @@ def test_term_outside_its_conditionings_range_is_left_out(gcfg, prior, prompt, l
     got = gcfg(prior, prompt(0), [first, GuidanceTerm(2.0, conditioning=ranged)], latent)
     expected = gcfg(prior, prompt(0), [first, GuidanceTerm(2.0, end_percent=0.5, conditioning=prompt(3))], latent)
     assert torch.equal(got, expected)
+
+
+def test_a_term_of_negative_weight_is_encoded_as_a_negative_prompt(gcfg, stock, prior, prompt, latent, monkeypatch):
+    """The SDXL refiner reads another aesthetic score there; stock says so of the conditioning named negative."""
+    seen = {}
+    encode = prior.model.extra_conds
+
+    def extra_conds(**kwargs):
+        seen[float(kwargs["cross_attn"][0, 0, 0])] = kwargs["prompt_type"]
+        return encode(**kwargs)
+
+    monkeypatch.setattr(prior.model, "extra_conds", extra_conds)
+    first = {seed: float(prompt(seed)[0][0][0, 0, 0]) for seed in range(4)}
+    stock(prior, prompt(1), prompt(2), latent, steps=1)
+    assert (seen[first[1]], seen[first[2]]) == ("positive", "negative")
+    seen.clear()
+    pair = [GuidanceTerm(5.0, conditioning=prompt(1)), GuidanceTerm(-4.0, conditioning=prompt(2))]
+    gcfg(prior, prompt(0), pair, latent, steps=1)
+    assert (seen[first[1]], seen[first[2]]) == ("positive", "negative")
+    gcfg(prior, prompt(0), [*pair, GuidanceTerm(3.0, conditioning=prompt(3))], latent, steps=1)
+    assert seen[first[2]] == "negative"
+    assert seen[first[3]] != "negative"

@@ -85,3 +85,27 @@ def test_both_terms_hooked_differently(gcfg, load_unet, weights, comfy, prior, c
     expected = gcfg(prior, prompt(0), separate, latent)
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
     assert torch.equal(got, gcfg(prior, prompt(0), terms, latent)), "and again"
+
+
+@pytest.mark.parametrize("where", ["outer_sample", "prepare_sampling", "sampler_sample"])
+def test_a_term_that_fails_before_it_samples_keeps_no_hook(gcfg, prior, concept, prompt, latent, hooked, where):
+    """Its hooks are registered on its model before its wrappers run, which may raise before anything is loaded."""
+
+    def failing(executor, *args, **kwargs):
+        raise RuntimeError("a wrapper that fails")
+
+    term = concept.clone()
+    term.add_wrapper(where, failing)
+    other = concept.clone()
+    other.set_model_attn2_patch(lambda n, k, v, extra: (n, k, v))
+    before = [dict(model.hook_patches) for model in (term, other, prior)]
+    terms = [
+        GuidanceTerm(2.0, model=other, conditioning=hooked(prompt(1), 2)),
+        GuidanceTerm(2.0, model=term, conditioning=hooked(prompt(3), 1)),
+    ]
+    expected = gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=concept, conditioning=prompt(3))], latent, steps=1)
+    with pytest.raises(RuntimeError, match="a wrapper that fails"):
+        gcfg(prior, prompt(0), terms, latent, steps=1)
+    assert [dict(model.hook_patches) for model in (term, other, prior)] == before
+    again = gcfg(prior, prompt(0), [GuidanceTerm(2.0, model=concept, conditioning=prompt(3))], latent, steps=1)
+    assert torch.equal(again, expected)
