@@ -134,7 +134,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         def around_sampler(lane: Lane) -> dict[str, Any]:
             given = around_run(lane)
             del given["seed"]
-            return {**given, "guider": lane.guider, "extra_args": {"model_options": lane.options, "seed": seed}}
+            return {**given, "model_wrap": lane.guider, "extra_args": {"model_options": lane.options, "seed": seed}}
 
         def prepared(callback: Any) -> Tensor:
             if others or self._call_shape(noise) != noise.shape:

@@ -15,16 +15,25 @@ from typing import Any
 from torch import Tensor
 
 from . import placing, versions
-from .clones import called
+from .clones import called, identical
 from .lanes import Lane
 
 OUTER, SAMPLER = "outer_sample", "sampler_sample"  # kinds of wrappers: around a run, around the sampler in it
 # The arguments that stock sampling gives them, and whether a further model's wrapper may exchange one.
 _ARGUMENTS = {
     OUTER: ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"),
-    SAMPLER: ("guider", "sigmas", "extra_args", "callback", "noise", "latent_image", "denoise_mask", "disable_pbar"),
+    SAMPLER: (
+        "model_wrap",
+        "sigmas",
+        "extra_args",
+        "callback",
+        "noise",
+        "latent_image",
+        "denoise_mask",
+        "disable_pbar",
+    ),
 }
-_OWN = {"callback", "disable_pbar", "guider", "extra_args"}
+_OWN = {"callback", "disable_pbar", "model_wrap", "extra_args"}
 
 
 def within(
@@ -52,7 +61,7 @@ def within(
     lane, *further = lanes
     inner = _Inner(kind, lane, lambda told: within(kind, further, given, told, body, outside, **kwargs), outside)
     arguments = {**given(lane), "callback": callback}
-    owner = arguments["sampler"] if "sampler" in arguments and kind == SAMPLER else lane.guider
+    owner = arguments["sampler"] if kind == SAMPLER else lane.guider
     inner.given = {name: arguments[name] for name in _ARGUMENTS[kind]}
     with placing.functions(lane.functions):
         versions.wrapped(kind, lane.guider.model_options, inner, owner)(*inner.given.values(), **kwargs)
@@ -70,9 +79,10 @@ class _Inner:
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        got = dict(zip(_ARGUMENTS[self.kind], args, strict=False))
+        got = {**self.given, **dict(zip(self.given, args, strict=False))}
+        got.update((name, value) for name, value in kwargs.items() if name in got)
         self.calls += 1
-        changed = [name for name in got if name not in _OWN and got[name] is not self.given[name]]
+        changed = [name for name in got if name not in _OWN and not identical(got[name], self.given[name])]
         if changed or self.calls > 1:
             self._say("samples again" if self.calls > 1 else f"changes {' and '.join(changed)} of the sampling")
         if self.calls == 1:

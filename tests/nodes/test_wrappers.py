@@ -352,3 +352,30 @@ def test_a_wrapper_among_the_options_of_two_terms(gcfg, has_wrappers, prior, con
     terms = [GuidanceTerm(2.0, model=model, conditioning=prompt(seed)) for seed in (1, 3)]
     gcfg(prior, prompt(2), terms, latent, steps=STEPS)
     assert len(calls) == 2 * STEPS
+
+
+@pytest.mark.parametrize("kind", ["outer_sample", "sampler_sample"])
+def test_a_terms_wrapper_may_pass_on_by_name(gcfg, prior, concept, prompt, latent, kind, caplog):
+    """Stock's functions take their arguments by name as well as by place, and a copy of a number is no change."""
+
+    def outer(executor, noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs):
+        given = {
+            "denoise_mask": denoise_mask,
+            "callback": callback,
+            "disable_pbar": disable_pbar,
+            "seed": int(str(seed)),
+        }
+        return executor(noise, latent_image, sampler, sigmas, **given, **kwargs)
+
+    def inner(executor, model_wrap, sigmas, extra_args, callback, noise, *args):
+        names = ("latent_image", "denoise_mask", "disable_pbar")
+        given = {"callback": callback, "noise": noise, **dict(zip(names, args, strict=True))}
+        return executor(model_wrap, sigmas, extra_args, **given)
+
+    model = concept.clone()
+    model.add_wrapper(kind, outer if kind == "outer_sample" else inner)
+    terms = [GuidanceTerm(2.0, model=model, conditioning=prompt(1))]
+    got = gcfg(prior, prompt(0), terms, latent, seed=10**9, steps=1)
+    plain = [GuidanceTerm(2.0, model=concept, conditioning=prompt(1))]
+    assert torch.equal(got, gcfg(prior, prompt(0), plain, latent, seed=10**9, steps=1))
+    assert not [line for line in caplog.messages if "only the sampler's model can" in line]
