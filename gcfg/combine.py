@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from .errors import GuidanceError
-from .masks import fit_mask
+from .masks import repeated
 from .plan import WEIGHT_TOLERANCE, ActiveTerm, needs_base, total_weight
 
 
@@ -77,7 +77,7 @@ def effective_cond(
 def delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
     """A term's unweighted delta, m_i (D_i - D_0): a new tensor of the predictions' shape."""
     difference = prediction - pivot
-    return difference if term.mask is None else difference.mul_(fit_mask(term.mask, difference))
+    return difference if term.mask is None else difference.mul_(repeated(term.mask, len(difference)).to(difference))
 
 
 def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:

@@ -2,63 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import GuidanceError
 
+_IMAGE, _VIDEO = 2, 3  # spatial axes of a latent
 
-def check_mask(mask: Tensor, label: str) -> Tensor:
-    """The mask as (N, H, W), after the checks that need no model.
+
+def check_mask(mask: Any, name: str) -> tuple[Tensor, ...]:
+    """A mask per stream of the latent, each (N, H, W), after the checks that need no model.
 
     Args:
-        mask: (H, W), (N, H, W) or (N, 1, H, W), values in [0, 1].
-        label: the term's name, for the error.
+        mask: (H, W), (N, H, W) or (N, 1, H, W), values in [0, 1]; or several of them, nested
+            as ComfyUI nests latents, or in a tuple.
+        name: the term, for the error.
 
     Raises:
-        GuidanceError: if the mask has another number of axes, no pixels, or only zeros.
+        GuidanceError: if a mask has another number of axes, or no pixels.
     """
-    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
-        raise GuidanceError(
-            f"Guidance Term '{label}': mask has shape {tuple(mask.shape)}, expected (height, width) or "
-            f"(batch, height, width); connect a MASK output."
-        )
-    if mask.numel() == 0 or not bool(mask.any()):
-        found = "has no pixels" if mask.numel() == 0 else "is zero everywhere"
-        raise GuidanceError(
-            f"Guidance Term '{label}': mask {found}, expected at least one pixel above 0; paint the region where "
-            f"the term should act, or disconnect the mask."
-        )
-    return mask.reshape(-1, *mask.shape[-2:]).float()
+    parts = mask.unbind() if getattr(mask, "is_nested", False) else mask
+    masks = tuple(parts) if isinstance(parts, tuple | list) else (parts,)
+    for part in masks:
+        if part.ndim not in (2, 3, 4) or (part.ndim == 4 and part.shape[1] != 1):
+            raise GuidanceError(
+                f"{name}: mask has shape {tuple(part.shape)}, expected (height, width) or (batch, height, width); "
+                f"connect a MASK output."
+            )
+        if part.numel() == 0:
+            raise GuidanceError(
+                f"{name}: mask has no pixels, expected at least one; paint the region where the term should act, or "
+                f"disconnect the mask."
+            )
+    return tuple(part.reshape(-1, *part.shape[-2:]).float() for part in masks)
 
 
-def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """The mask at another size, bilinearly, as ComfyUI resizes the masks of conditionings.
+def fit_mask(mask: Tensor, shape: Sequence[int], name: str) -> Tensor:
+    """The mask at a latent's size, as ComfyUI resizes noise masks: on video one mask per frame, else per sample.
 
     Args:
         mask: (N, H, W).
-        size: (h, w).
+        shape: of the latent, (B, C, h, w) or (B, C, frames, h, w).
+        name: the term, for errors.
 
     Returns:
-        (N, h, w).
+        (N, 1, h, w) or (1, 1, frames, h, w).
+
+    Raises:
+        GuidanceError: if the latent is neither.
     """
-    if mask.shape[-2:] == size:
+    size = tuple(shape[2:])
+    if len(size) == _VIDEO:
+        frames = mask[None, None]
+        return frames if frames.shape[2:] == size else F.interpolate(frames, size=size, mode="trilinear")
+    if len(size) != _IMAGE:
+        raise GuidanceError(
+            f"{name}: mask has a height and a width, expected none, because the latent of this model has shape "
+            f"{tuple(shape)} and no such axes; disconnect the mask."
+        )
+    return mask[:, None] if mask.shape[1:] == size else F.interpolate(mask[:, None], size=size, mode="bilinear")
+
+
+def repeated(mask: Tensor, batch: int) -> Tensor:
+    """The mask (N, ...) repeated over a batch: (B, ...), or (1, ...) where one serves all."""
+    if len(mask) in (1, batch):
         return mask
-    return F.interpolate(mask[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def fit_mask(mask: Tensor, latent: Tensor) -> Tensor:
-    """The mask at the latent's size, device and dtype, repeated over the batch, ready to multiply a delta.
-
-    Args:
-        mask: (N, H, W).
-        latent: (B, C, *frames, h, w).
-
-    Returns:
-        (B, 1, *1, h, w).
-    """
-    height, width = latent.shape[-2:]
-    mask = resize_mask(mask.to(device=latent.device, dtype=latent.dtype), (height, width))
-    batch = latent.shape[0]
-    mask = mask.repeat(-(-batch // mask.shape[0]), 1, 1)[:batch]  # (B, h, w)
-    return mask.reshape(batch, *[1] * (latent.ndim - 3), height, width)
+    return mask.repeat(-(-batch // len(mask)), *[1] * (mask.ndim - 1))[:batch]

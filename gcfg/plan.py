@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .curves import percent_at
 from .errors import GuidanceError
-from .masks import resize_mask
+from .streams import factor_of_delta
 from .terms import GuidanceTerm
 
 # Weights are typed by people: 7.3 + (1 - 7.3) is 1 to within a few ulps, never to within 1e-9 by accident.
@@ -26,7 +26,7 @@ class ActiveTerm:
     Attributes:
         index: its place among the plan's terms.
         weight: its weight at this noise level, not 0.
-        mask: (N, H, W) or None.
+        mask: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
         label: its name, for errors and reports.
     """
 
@@ -44,10 +44,12 @@ class ScheduledTerm:
         term: the user's term.
         label: its label, or "1", "2", ... by its place.
         sigma_start: the largest sigma at which it acts.
-        sigma_end: the smallest.
+        sigma_end: the sigma at which it acts no more; at the end of the sampling, the last at which it does.
         percent_of: the percent of the sampling at a sigma.
         reuse_start: the largest sigma at which its delta may be carried on.
-        reuse_end: the smallest.
+        reuse_end: the sigma at which it may no more, with the same exception.
+        factor: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
+        off: whether that is 0 everywhere.
     """
 
     term: GuidanceTerm
@@ -57,6 +59,8 @@ class ScheduledTerm:
     percent_of: Callable[[float], float]
     reuse_start: float = math.inf
     reuse_end: float = 0.0
+    factor: Tensor | None = None
+    off: bool = False
 
     @property
     def always(self) -> bool:
@@ -68,17 +72,30 @@ class ScheduledTerm:
         """Whether its weight is the same at every sigma."""
         return self.always and self.term.curve.kind == "constant"
 
+    @property
+    def pulls(self) -> bool:
+        """Whether it acts anywhere, at any noise level."""
+        return self.term.pulls and not self.off
+
     def acts_at(self, sigma: float) -> bool:
-        """Whether `sigma` is inside the interval; both ends count, as in ComfyUI's timestep ranges."""
-        return self.always or self.sigma_end <= sigma <= self.sigma_start
+        """Whether `sigma` is inside the interval, whose end counts only where it is that of the sampling.
+
+        So of two terms of which one begins where the other ends exactly one acts, the later one on the boundary.
+        """
+        return self.always or _inside(sigma, self.sigma_start, self.sigma_end, self.term.end_percent)
+
+    def goes_on_at(self, sigma: float) -> bool:
+        """Whether its interval goes on at or below `sigma`."""
+        return _goes_on_at(sigma, self.sigma_end, self.term.end_percent)
 
     def reuses_at(self, sigma: float) -> bool:
         """Whether its delta may be carried on at `sigma`."""
-        return self.term.reuse is not None and self.reuse_end <= sigma <= self.reuse_start
+        reuse = self.term.reuse
+        return reuse is not None and _inside(sigma, self.reuse_start, self.reuse_end, reuse.end_percent)
 
     def weight_at(self, sigma: float) -> float:
         """The weight at `sigma`; 0 outside the interval."""
-        if not self.acts_at(sigma):
+        if self.off or not self.acts_at(sigma):
             return 0.0
         term = self.term
         if term.curve.kind == "constant":
@@ -115,30 +132,44 @@ class GuidancePlan:
         percent_of = lru_cache(maxsize=None)(partial(percent_at, percent_to_sigma=percent_to_sigma))
 
         def scheduled(place: int, term: GuidanceTerm) -> ScheduledTerm:
-            percents = [term.start_percent, term.end_percent]
-            if term.reuse is not None:
-                percents += [term.reuse.start_percent, term.reuse.end_percent]
-            start, end, *reuse = (as_stored(float(percent_to_sigma(percent))) for percent in percents)
-            return ScheduledTerm(term, term.label or str(place), start, end, percent_of, *reuse)
+            def interval(start: float, end: float) -> tuple[float, float]:
+                return as_stored(float(percent_to_sigma(start))), as_stored(float(percent_to_sigma(end)))
+
+            acts = interval(term.start_percent, term.end_percent)
+            rule = term.reuse
+            reuses = (math.inf, 0.0) if rule is None else interval(rule.start_percent, rule.end_percent)
+            return ScheduledTerm(term, term.label or str(place), *acts, percent_of, *reuses)
 
         return cls(tuple(scheduled(place, term) for place, term in enumerate(terms, start=1)))
 
-    def with_masks_at(self, size: tuple[int, int], device: torch.device) -> GuidancePlan:
-        """The plan with masks of the latent's size (h, w) and device, so that no step has to bring them there."""
+    def fitted(self, shapes: Sequence[Sequence[int]], device: torch.device | None = None) -> GuidancePlan:
+        """The plan with masks and stream weights at the size of the latent, so that no step has to bring them there.
 
-        def fitted(term: GuidanceTerm) -> GuidanceTerm:
-            return term if term.mask is None else replace(term, mask=resize_mask(term.mask.to(device), size))
+        Args:
+            shapes: of the latent's streams, (B, C, *spatial) each; one for an ordinary latent.
+            device: where the latent is.
 
-        return self._with_terms([fitted(scheduled.term) for scheduled in self.terms])
+        Raises:
+            GuidanceError: see `factor_of_delta`.
+        """
+
+        def fit(scheduled: ScheduledTerm) -> ScheduledTerm:
+            if scheduled.term.everywhere:
+                return scheduled
+            masks = [mask.to(device) for mask in scheduled.term.masks]
+            name = f"Guidance Term '{scheduled.label}'"
+            factor = factor_of_delta(masks, scheduled.term.stream_weights, shapes, name)
+            return replace(scheduled, factor=factor, off=factor is not None and not bool(factor.any()))
+
+        return replace(self, terms=tuple(map(fit, self.terms)))
 
     def with_weights(self, weights: Sequence[float]) -> GuidancePlan:
         """The plan with other weights, one per term."""
-        return self._with_terms(
-            [replace(scheduled.term, weight=weight) for scheduled, weight in zip(self.terms, weights, strict=True)]
-        )
 
-    def _with_terms(self, terms: Sequence[GuidanceTerm]) -> GuidancePlan:
-        return replace(self, terms=tuple(map(lambda old, new: replace(old, term=new), self.terms, terms)))
+        def weighted(scheduled: ScheduledTerm, weight: float) -> ScheduledTerm:
+            return replace(scheduled, term=replace(scheduled.term, weight=weight))
+
+        return replace(self, terms=tuple(map(weighted, self.terms, weights)))
 
     @property
     def needs_sigma(self) -> bool:
@@ -159,7 +190,7 @@ class GuidancePlan:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""
         weights = [scheduled.weight_at(sigma) for scheduled in self.terms]
         return tuple(
-            ActiveTerm(index, weight, scheduled.term.mask, scheduled.label)
+            ActiveTerm(index, weight, scheduled.factor, scheduled.label)
             for index, (weight, scheduled) in enumerate(zip(weights, self.terms, strict=True))
             if weight != 0.0
         )
@@ -173,8 +204,7 @@ class GuidancePlan:
         return tuple(
             index
             for index, scheduled in enumerate(self.terms)
-            if scheduled.term.pulls
-            and (scheduled.always or (scheduled.sigma_end <= high and scheduled.sigma_start >= low))
+            if scheduled.pulls and (scheduled.always or (scheduled.goes_on_at(high) and scheduled.sigma_start >= low))
         )
 
     def idle(self, sigmas: Sequence[float]) -> tuple[ScheduledTerm, ...]:
@@ -182,8 +212,17 @@ class GuidancePlan:
         return tuple(
             scheduled
             for scheduled in self.terms
-            if scheduled.term.pulls and not any(scheduled.weight_at(sigma) for sigma in sigmas)
+            if scheduled.pulls and not any(scheduled.weight_at(sigma) for sigma in sigmas)
         )
+
+
+def _inside(sigma: float, start: float, end: float, end_percent: float) -> bool:
+    """Whether a noise level is inside an interval that falls from `start` to `end`."""
+    return sigma <= start and _goes_on_at(sigma, end, end_percent)
+
+
+def _goes_on_at(sigma: float, end: float, end_percent: float) -> bool:
+    return sigma > end or (sigma == end and end_percent == 1.0)
 
 
 def as_stored(sigma: float) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,17 +22,18 @@ class GuidanceTerm:
     Attributes:
         weight: guidance weight w_i, any finite number; negative pushes away.
         start_percent: where in the sampling the term begins to act, 0 (pure noise) to 1 (clean).
-        end_percent: where it stops, at least `start_percent`.
+        end_percent: where it stops, at least `start_percent`; there it acts no more, but for 1, the very end.
         model: the model that predicts it, or None for the unconditional model. Opaque to this library.
         conditioning: its conditioning, or None for the unconditional one. Opaque to this library.
-        mask: (N, H, W) in [0, 1], where the delta acts, or None for everywhere.
+        mask: where the delta acts: (N, H, W) in [0, 1], or None for everywhere; kept as one mask per stream.
         label: the user's name for it.
         curve: how the weight changes between start and end; constant by default.
         reuse: when its delta is carried on in place of being evaluated; None, the default: never.
+        stream_weights: factors of the weight by the stream of a latent that holds several, such as video and audio.
 
     Raises:
-        GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is
-            empty.
+        GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is no
+            mask.
     """
 
     weight: float
@@ -39,10 +41,11 @@ class GuidanceTerm:
     end_percent: float = 1.0
     model: Any = None
     conditioning: Any = None
-    mask: Tensor | None = None
+    mask: Any = None
     label: str = ""
     curve: WeightCurve = CONSTANT
     reuse: Reuse | None = None
+    stream_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"
@@ -50,10 +53,10 @@ class GuidanceTerm:
             raise GuidanceError(
                 f"{name}: weight is {self.weight}, expected a finite number; type a number such as 1.5 or -2."
             )
-        for field in ("start_percent", "end_percent"):
-            if not 0.0 <= getattr(self, field) <= 1.0:
+        for percent in ("start_percent", "end_percent"):
+            if not 0.0 <= getattr(self, percent) <= 1.0:
                 raise GuidanceError(
-                    f"{name}: {field} is {getattr(self, field):g}, expected 0 (pure noise) to 1 (the clean image); "
+                    f"{name}: {percent} is {getattr(self, percent):g}, expected 0 (pure noise) to 1 (the clean image); "
                     f"correct it."
                 )
         if self.start_percent > self.end_percent:
@@ -62,7 +65,17 @@ class GuidanceTerm:
                 f"start_percent <= end_percent; swap them."
             )
         if self.mask is not None:
-            object.__setattr__(self, "mask", check_mask(self.mask, self.label))
+            object.__setattr__(self, "mask", check_mask(self.mask, name))
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """A mask (N, H, W) for each of the first streams of the latent."""
+        return self.mask or ()
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it acts on the whole latent alike."""
+        return not self.masks and not self.stream_weights
 
     @property
     def pulls(self) -> bool:
@@ -71,6 +84,7 @@ class GuidanceTerm:
 
     def weight_at(self, percent: float) -> float:
         """The weight at `percent` of the sampling, 0 (pure noise) to 1 (clean); 0 outside its interval."""
-        if not self.start_percent <= percent <= self.end_percent:
+        ended = percent >= self.end_percent and self.end_percent < 1.0
+        if percent < self.start_percent or ended:
             return 0.0
         return self.curve.at(percent, self.weight, self.start_percent, self.end_percent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..gcfg.curves import CURVES, make_curve
+from ..gcfg.streams import parse_stream_weights
 from ..gcfg.terms import GuidanceTerm
 from .sockets import TERMS
 
@@ -92,6 +93,14 @@ class GCFGGuidanceTerm:
                         "as 0: 7.5, 0.5: 3, 100%: 0.",
                     },
                 ),
+                "stream_weights": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "For latents of several streams: factors of the weight, such as video: 1, audio: "
+                        "0.5. A stream that is not named has 1.",
+                    },
+                ),
             },
         }
 
@@ -108,12 +117,16 @@ class GCFGGuidanceTerm:
         curve: str = CURVES[0],
         end_weight: float = 0.0,
         points: str = "",
+        stream_weights: str = "",
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Append one term to `terms`."""
         label = label.strip()
         name = f"Guidance Term '{label}'" if label else "Guidance Term"
         shape = make_curve(curve, end_weight, points, name)
-        term = GuidanceTerm(weight, start_percent, end_percent, model, conditioning, mask, label, shape)
+        streams = parse_stream_weights(stream_weights, name)
+        term = GuidanceTerm(
+            weight, start_percent, end_percent, model, conditioning, mask, label, shape, stream_weights=streams
+        )
         return ((*terms, term),)
 
 

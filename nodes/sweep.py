@@ -14,6 +14,7 @@ from ..gcfg.sweep import SweptTerm, cell_terms, find_term, parse_weights
 from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
 from .runtime.ksampler import sample_latent
+from .runtime.latents import first_stream
 from .runtime.sweep import SweepGuider
 from .sampling import GCFGKSampler
 from .sockets import gather_terms, optional_terms
@@ -103,7 +104,7 @@ class GCFGWeightSweep:
             denoise=denoise,
         )
         latent.pop("batch_index", None)  # it counts the batch of one cell
-        images = vae.decode(latent["samples"])
+        images = vae.decode(first_stream(latent["samples"]))
         images = images.reshape(-1, *images.shape[-3:])
         columns = [f"{swept[0].label} {weight:g}" for weight in swept[0].weights]
         rows = [f"{swept[1].label} {weight:g}" for weight in swept[1].weights] if len(swept) > 1 else [""]

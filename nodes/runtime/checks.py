@@ -14,7 +14,7 @@ from ...gcfg.plan import GuidancePlan, ScheduledTerm
 from . import placing
 from .clones import called
 from .lanes import BASE, covers
-from .versions import latent_shapes
+from .latents import latent_shapes
 
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
 
@@ -42,14 +42,20 @@ def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> N
 
 
 def check_latent(node: str, base: Any, latent_image: Any) -> None:
-    """Refuse a latent image whose channels are not the model's.
+    """Refuse a latent image that is empty, or whose channels are not the model's.
 
     Raises:
-        GuidanceError: if they differ.
+        GuidanceError: if so.
     """
     expected = base.get_model_object("latent_format").latent_channels
-    for shape in latent_shapes(latent_image):
-        if shape[1] != expected and len(latent_shapes(latent_image)) == 1:
+    shapes = latent_shapes(latent_image)
+    for shape in shapes:
+        if 0 in shape:
+            raise GuidanceError(
+                f"{node}: latent_image has shape {shape} and so holds nothing, expected at least one latent; give it a "
+                f"batch of 1 or more and a size above 0."
+            )
+        if shape[1] != expected and len(shapes) == 1:
             raise GuidanceError(
                 f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
                 f"with; encode the image with the VAE of this model."
@@ -79,6 +85,18 @@ def warn_idle(idle: Sequence[ScheduledTerm]) -> None:
             scheduled.term.start_percent,
             scheduled.term.end_percent,
         )
+
+
+def warn_nowhere(plan: GuidancePlan) -> None:
+    """Say which terms have a mask (or stream weights) that leaves nothing of them."""
+    for scheduled in plan.terms:
+        if scheduled.off:
+            logging.warning(
+                "Guidance Term '%s': its %s is zero everywhere, so the term does nothing; paint the region where it "
+                "should act, or disconnect it.",
+                scheduled.label,
+                "mask" if scheduled.term.masks else "stream_weights",
+            )
 
 
 def warn_override(terms: int) -> None:

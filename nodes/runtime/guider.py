@@ -14,7 +14,7 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.steps import Steps
 from ...gcfg.terms import GuidanceTerm
-from . import checks, further, placing, versions, wrapping
+from . import checks, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
 from .keys import Group, first_named, grouped, keyed, lasting_pair, ranged
@@ -88,7 +88,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.check_latent(self.node, self.model_patcher, latent_image)
         recorder = None
         try:
-            self.run = self._begun(sigmas.tolist())
+            self.run = self._begun(sigmas.tolist(), self.plan.fitted(latents.latent_shapes(latent_image)))
             recorder = self.run.recorder
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
@@ -117,7 +117,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         run = self.run
         base, *others = run.lanes
         base.functions = placing.functions_in_place()
-        run.plan = run.plan.with_masks_at((noise.shape[-2], noise.shape[-1]), noise.device)
+        run.plan = run.plan.fitted(kwargs.get("latent_shapes") or [noise.shape], noise.device)
         stock = super().inner_sample
 
         def around_run(lane: Lane) -> dict[str, Any]:
@@ -201,11 +201,12 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         }
         return {place: rule for place, rule in found.items() if rule is not None}
 
-    def _begun(self, levels: Sequence[float]) -> Run:
-        """A run over these noise levels; terms that act at none of them are not part of it."""
+    def _begun(self, levels: Sequence[float], plan: GuidancePlan) -> Run:
+        """A run over these noise levels; terms that act at none of them, or nowhere, are not part of it."""
         *steps, last = levels
-        checks.warn_idle(self.plan.idle(steps or [last]))
-        used = set(self.plan.used([*(steps or [last]), last]))
+        checks.warn_idle(plan.idle(steps or [last]))
+        checks.warn_nowhere(plan)
+        used = set(plan.used([*(steps or [last]), last]))
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].terms if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
@@ -214,9 +215,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.warn_settings(lanes)
         conds = {**{key: conds for lane in lanes[1:] for key, conds in lane.conds.items()}, **self.original_conds}
         steps_of_run = Steps(levels)
-        recorder = self.watch.recorder(levels, [term.label for term in self.plan.terms])
+        recorder = self.watch.recorder(levels, [term.label for term in plan.terms])
         outside = placing.functions_in_place()
-        return Run(self.node, self.plan, self.keys, self.rules, lanes, steps_of_run, outside, ranged(conds), recorder)
+        return Run(self.node, plan, self.keys, self.rules, lanes, steps_of_run, outside, ranged(conds), recorder)
 
     def _further_lanes(self, used: set[int]) -> list[Lane]:
         """The lanes of the other models, each with weights of its own where it would share what differs."""

@@ -109,15 +109,19 @@ def lasting_pair(base_terms: Sequence[int], terms: Sequence[GuidanceTerm]) -> tu
     acting = [place for place, term in enumerate(terms) if term.pulls]
     if len(acting) != 2 or not set(acting) <= set(base_terms) or not all(_lasts(terms[place]) for place in acting):
         return None
-    two = pair([ActiveTerm(place, terms[place].weight, terms[place].mask, "") for place in acting])
+    two = pair([ActiveTerm(place, terms[place].weight, None, "") for place in acting])
     return None if two is None else (two[0].index, two[1].index)
 
 
 def _lasts(term: GuidanceTerm) -> bool:
-    """Whether a term acts in every step with one weight."""
+    """Whether a term acts in every step and everywhere with one weight."""
     limits = ("start_percent", "end_percent", "clip_start_percent")
     whole = (term.start_percent, term.end_percent) == (0.0, 1.0) and term.curve.kind == "constant"
-    return whole and not any(name in options for _, options in term.conditioning or [] for name in limits)
+    return (
+        whole
+        and term.everywhere
+        and not any(name in options for _, options in term.conditioning or [] for name in limits)
+    )
 
 
 def first_named(conds: dict[str, list[dict]]) -> dict[str, list[dict]]:

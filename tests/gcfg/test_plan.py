@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import GuidancePlan, needs_base
+from comfyui_gcfg.gcfg.reuse import Reuse
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 
@@ -20,10 +21,42 @@ def acting(scheduled, sigma):
     return [(term.label, term.weight) for term in scheduled.active(sigma)]
 
 
-def test_interval_includes_both_ends():
+def test_interval_ends_before_its_end():
     scheduled = plan(GuidanceTerm(2.0, 0.2, 0.6, label="a"))
     assert scheduled.needs_sigma
-    assert [bool(acting(scheduled, sigma)) for sigma in (8.01, 8.0, 5.0, 4.0, 3.99)] == [False, True, True, True, False]
+    assert [bool(acting(scheduled, s)) for s in (8.01, 8.0, 5.0, 4.01, 4.0)] == [False, True, True, True, False]
+
+
+def test_interval_to_the_end_includes_it():
+    scheduled = plan(GuidanceTerm(2.0, 0.6, 1.0, label="a"))
+    assert [bool(acting(scheduled, s)) for s in (4.01, 4.0, 1e-9, 0.0)] == [False, True, True, True]
+
+
+def test_of_neighbours_exactly_one_acts_at_every_noise_level():
+    scheduled = plan(*(GuidanceTerm(4.0, a, b, label=f"{a}") for a, b in ((0.0, 0.2), (0.2, 0.6), (0.6, 1.0))))
+    at = {sigma: [label for label, _ in acting(scheduled, sigma)] for sigma in (10.0, 8.0, 6.0, 4.0, 2.0, 0.0)}
+    assert at == {10.0: ["0.0"], 8.0: ["0.2"], 6.0: ["0.2"], 4.0: ["0.6"], 2.0: ["0.6"], 0.0: ["0.6"]}
+    weights = [sum(term.term.weight_at(p / 10) for term in scheduled.terms) for p in range(11)]
+    assert weights == [4.0] * 11
+
+
+def test_an_interval_that_ends_where_it_begins_never_acts():
+    scheduled = plan(GuidanceTerm(2.0, 0.6, 0.6, label="a"))
+    assert not acting(scheduled, 4.0)
+    assert [term.label for term in scheduled.idle([10.0, 4.0])] == ["a"]
+
+
+def test_a_model_is_not_loaded_for_the_step_at_which_its_term_ends():
+    scheduled = plan(GuidanceTerm(2.0, 0.0, 0.6), GuidanceTerm(2.0, 0.6, 1.0), GuidanceTerm(1.0, 0.6, 0.6))
+    assert scheduled.used([4.0, 2.0, 0.0]) == (1,)
+    assert scheduled.used([0.0]) == (1,)
+
+
+def test_deltas_are_not_carried_on_at_the_end_of_the_cache():
+    (term,) = plan(GuidanceTerm(2.0, reuse=Reuse(2, start_percent=0.2, end_percent=0.6))).terms
+    assert [term.reuses_at(s) for s in (8.01, 8.0, 4.01, 4.0)] == [False, True, True, False]
+    (whole,) = plan(GuidanceTerm(2.0, reuse=Reuse(2))).terms
+    assert whole.reuses_at(0.0)
 
 
 def test_whole_interval_needs_no_sigma():
