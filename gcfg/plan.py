@@ -169,7 +169,7 @@ class GuidancePlan:
         def weighted(scheduled: ScheduledTerm, weight: float) -> ScheduledTerm:
             return replace(scheduled, term=replace(scheduled.term, weight=weight))
 
-        return replace(self, terms=tuple(map(weighted, self.terms, weights)))
+        return replace(self, terms=tuple(weighted(*both) for both in zip(self.terms, weights, strict=True)))
 
     @property
     def needs_sigma(self) -> bool:

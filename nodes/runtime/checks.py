@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from .clones import called
 from .lanes import BASE, covers
 from .latents import latent_shapes
 
+# How layers say that what they were given is of another width than theirs.
+_SHAPES_IN_ERRORS = (
+    re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"),
+    re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*\D(?P<got>\d+)\]"),
+    re.compile(r"tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<expected>\d+)\)"),
+    re.compile(r"Expected size (?P<got>\d+) but got size (?P<expected>\d+)"),
+)
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
 
 
@@ -60,6 +68,22 @@ def check_latent(node: str, base: Any, latent_image: Any) -> None:
                 f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
                 f"with; encode the image with the VAE of this model."
             )
+
+
+def wrong_width(node: str, error: BaseException, unconditional: Any, plan: GuidancePlan) -> GuidanceError | None:
+    """What to say of a model that failed on the shape of a conditioning; None where it failed on something else.
+
+    Transformers read their text in many ways, and no configuration says how wide it has to be: the failed layer does.
+    """
+    said = next(filter(None, (pattern.search(str(error)) for pattern in _SHAPES_IN_ERRORS)), None)
+    if not isinstance(error, RuntimeError) or said is None:
+        return None
+    conditionings = [(f"{node}: unconditional", unconditional)]
+    conditionings += [(f"Guidance Term '{s.label}': conditioning", s.term.conditioning) for s in plan.terms]
+    for name, conditioning in conditionings:
+        if any(tensor is not None and tensor.shape[-1] == int(said["got"]) for tensor, _ in conditioning or ()):
+            return _width_error(name, said["got"], said["expected"])
+    return None
 
 
 def check_base_covers(node: str, conds: Sequence[dict], sigma: float) -> None:
@@ -188,7 +212,11 @@ def _check_conditioning(name: str, conditioning: Any, model: Any) -> None:
         return
     for tensor, _ in conditioning:
         if tensor is not None and tensor.shape[-1] != expected:
-            raise GuidanceError(
-                f"{name} is {tensor.shape[-1]} wide, expected {expected} for this model; encode the prompt with the "
-                f"CLIP that belongs to the model."
-            )
+            raise _width_error(name, tensor.shape[-1], expected)
+
+
+def _width_error(name: str, got: Any, expected: Any) -> GuidanceError:
+    return GuidanceError(
+        f"{name} is {got} wide, expected {expected} for this model; encode the prompt with the CLIP that belongs to "
+        f"the model."
+    )

@@ -91,9 +91,12 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             self.run = self._begun(sigmas.tolist(), self.plan.fitted(latents.latent_shapes(latent_image)))
             recorder = self.run.recorder
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
+            width = checks.wrong_width(self.node, error, self.unconditional, self.plan)
+            if width is not None:
+                raise width from error
             raise
         finally:
             self.watch.end(recorder)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...gcfg.errors import GuidanceError
 from ...gcfg.lockstep import RandomState, run_in_step
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.terms import GuidanceTerm
@@ -27,6 +28,8 @@ from .guider import GCFGGuider
 from .lanes import BASE, predict
 from .run import Run
 from .step import Step
+
+_MODEL_FAILED = (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError)
 
 
 class SweepGuider(GCFGGuider):
@@ -62,7 +65,16 @@ class SweepGuider(GCFGGuider):
             return latents.joined([latent_image] * len(self.cells))
         if any(_keeps_state(group.patcher) for group in self.groups):
             return self._one_by_one(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
+        try:
+            return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
+        except _MODEL_FAILED as error:
+            together = min(self.at_once, len(self.cells))
+            if together == 1 or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
+                raise
+            raise GuidanceError(
+                f"{self.node}: the model failed with {together} cells in one call ({error}), expected one that takes "
+                f"several latents at once; set cells_at_once to 1."
+            ) from error
 
     def _lasting_pair(self, terms: Sequence[GuidanceTerm]) -> None:
         """None: what is a pair in one cell is none in another."""

@@ -28,7 +28,7 @@ def by_hand(base, predictions, weights, masks):
         centre = float(base[b, c, i, j])
         value = centre
         for prediction, weight, mask in zip(predictions, weights, masks, strict=True):
-            m = 1.0 if mask is None else float(mask[b % mask.shape[0], i, j])
+            m = 1.0 if mask is None else float(mask[b % mask.shape[0], 0, i, j])
             value += weight * m * (float(prediction[b, c, i, j]) - centre)
         out[b, c, i, j] = value
     return out
@@ -41,7 +41,7 @@ weight = st.floats(-20, 20, allow_nan=False)
 @given(st.lists(weight, min_size=1, max_size=4), st.integers(0, 2**16), st.booleans())
 def test_is_eq_3(weights, seed, with_mask):
     base, *predictions = draw(len(weights) + 1, seed)
-    masks = [torch.rand(1, 6, 5) if with_mask and i == 0 else None for i in range(len(weights))]
+    masks = [torch.rand(1, 1, 6, 5) if with_mask and i == 0 else None for i in range(len(weights))]
     terms = [active(w, i, m) for i, (w, m) in enumerate(zip(weights, masks, strict=True))]
     expected = by_hand(base, predictions, weights, masks)
     scale = 1.0 + sum(map(abs, weights))
@@ -105,7 +105,7 @@ def test_one_new_tensor_per_term_and_predictions_are_only_read(inference):
         base, *predictions = draw(4)
         kept = [tensor.clone() for tensor in (base, *predictions)]
         terms = [active(w, i) for i, w in enumerate((3.0, -1.5, 2.0))]
-        masked = [active(2.0, 0, torch.rand(1, 6, 5)), *terms[1:]]
+        masked = [active(2.0, 0, torch.rand(1, 1, 6, 5)), *terms[1:]]
         with Written() as written:
             got = combine(base, predictions, terms)
         assert written.names == ["sub", "mul_", "add_"] * 3
@@ -123,7 +123,7 @@ def test_missing_base_is_refused_where_it_counts():
     with pytest.raises(GuidanceError, match="weights sum to 3"):
         combine(None, draw(1), [active(3.0)])
     with pytest.raises(GuidanceError, match="base is None"):
-        combine(None, draw(1), [active(1.0, mask=torch.ones(1, 6, 5))])
+        combine(None, draw(1), [active(1.0, mask=torch.ones(1, 1, 6, 5))])
     with pytest.raises(GuidanceError, match="nothing to combine"):
         combine(None, [], [])
 
@@ -138,10 +138,10 @@ def test_shapes_are_named():
     )
 
 
-def test_video_latents_take_image_masks():
+def test_video_latents_take_one_mask_for_all_frames():
     base, prediction = draw(2, shape=(2, 4, 3, 6, 5))
-    mask = torch.zeros(1, 6, 5)
-    mask[:, :3] = 1
+    mask = torch.zeros(1, 1, 1, 6, 5)
+    mask[..., :3, :] = 1
     got = combine(base, [prediction], [active(2.0, mask=mask)])
     assert torch.equal(got[..., 3:, :], base[..., 3:, :])
     assert torch.equal(got[..., :3, :], (base + (prediction - base) * 2.0)[..., :3, :])
@@ -179,7 +179,7 @@ def test_two_weights_that_sum_to_one_are_a_pair(weights):
 
 
 def test_others_are_no_pair():
-    mask = torch.ones(1, 8, 8)
+    mask = torch.ones(1, 1, 8, 8)
     assert pair([term_of(0, 1.0)]) is None
     assert pair([term_of(0, 5.0), term_of(1, -3.0)]) is None
     assert pair([term_of(0, 5.0, mask), term_of(1, -4.0)]) is None

@@ -59,9 +59,9 @@ SCHEDULES = {"eps": eps_schedule(), "flow": flow_schedule()}
 def test_values_between_start_and_end(curve, expected):
     """A term of weight 8 from 0.3 to 0.7, looked at in steps of a tenth."""
     term = GuidanceTerm(8.0, 0.3, 0.7, curve=curve)
-    got = [term.weight_at(percent) for percent in (0.3, 0.4, 0.5, 0.6, 0.7)]
+    got = [term.weight_at(percent) for percent in (0.3, 0.4, 0.5, 0.6, 0.7 - 1e-15)]
     assert got == pytest.approx(expected, abs=1e-12)
-    assert term.weight_at(0.29) == term.weight_at(0.71) == 0.0
+    assert term.weight_at(0.29) == term.weight_at(0.7) == 0.0
 
 
 def test_points_are_level_outside_their_own_range():
@@ -72,8 +72,9 @@ def test_points_are_level_outside_their_own_range():
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_an_interval_of_one_point_has_the_first_weight(kind):
-    assert GuidanceTerm(3.0, 0.5, 0.5, curve=WeightCurve(kind, 9.0)).weight_at(0.5) == 3.0
+def test_an_interval_of_one_point_holds_nothing_but_at_the_end(kind):
+    assert GuidanceTerm(3.0, 0.5, 0.5, curve=WeightCurve(kind, 9.0)).weight_at(0.5) == 0.0
+    assert GuidanceTerm(3.0, 1.0, 1.0, curve=WeightCurve(kind, 9.0)).weight_at(1.0) == 3.0
 
 
 @pytest.mark.parametrize(

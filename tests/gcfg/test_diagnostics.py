@@ -51,9 +51,9 @@ def expected(x, base, predictions, terms, denoised):
 
 
 def half_masks():
-    mask = torch.zeros(2, 6, 5)
-    mask[0, :, 2:] = 1.0
-    mask[1, :3] = 0.5
+    mask = torch.zeros(2, 1, 6, 5)
+    mask[0, :, :, 2:] = 1.0
+    mask[1, :, :3] = 0.5
     return mask
 
 
@@ -98,7 +98,7 @@ def test_what_hooks_do_counts_in_the_total():
 def test_a_sample_outside_a_mask_does_not_hide_the_angle_of_the_other():
     """A batch of masks: in the second sample the masked term pulls nowhere."""
     x, base, a, b = tensors(4)
-    mask = torch.ones(2, 6, 5)
+    mask = torch.ones(2, 1, 6, 5)
     mask[1] = 0.0
     terms = active(2.0, 3.0, masks=[None, mask])
     got = measure(x, base, [a, b], terms, combine(base, [a, b], terms))

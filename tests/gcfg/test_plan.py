@@ -87,7 +87,7 @@ def test_zero_weight_never_acts():
 )
 def test_base_is_skipped_where_its_coefficient_is_zero(weights, mask, needed):
     terms = [GuidanceTerm(w, mask=mask) for w in weights] or [GuidanceTerm(0.0)]
-    assert needs_base(plan(*terms).active(5.0)) is needed
+    assert needs_base(plan(*terms).fitted([(1, 4, 2, 2)]).active(5.0)) is needed
 
 
 def test_used_counts_solvers_that_evaluate_between_steps():

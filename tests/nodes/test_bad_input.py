@@ -1,11 +1,17 @@
 """Bad input, one line each, with the exact sentence that the user reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 NAN, INF = float("nan"), float("inf")
+
+
+def text(prompt):
+    return GuidanceTerm(2.0, conditioning=prompt(1))
 
 
 @pytest.fixture
@@ -133,18 +139,39 @@ def test_empty_conditioning(gcfg, prior, prompt, latent):
     )
 
 
-def test_empty_masks(term_node, prompt):
-    assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.zeros(1, 64, 64), label="face") == (
-        "Guidance Term 'face': mask is zero everywhere, expected at least one pixel above 0; paint the region where "
-        "the term should act, or disconnect the mask."
-    )
+def test_odd_masks(term_node, prompt):
     assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.zeros(0, 64, 64), label="face") == (
-        "Guidance Term 'face': mask has no pixels, expected at least one pixel above 0; paint the region where the "
-        "term should act, or disconnect the mask."
+        "Guidance Term 'face': mask has no pixels, expected at least one; paint the region where the term should act, "
+        "or disconnect the mask."
     )
-    assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.ones(1, 3, 64, 64), label="face") == (
-        "Guidance Term 'face': mask has shape (1, 3, 64, 64), expected (height, width) or (batch, height, width); "
-        "connect a MASK output."
+    assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.ones(1, 3, 64, 64)) == (
+        "Guidance Term: mask has shape (1, 3, 64, 64), expected (height, width) or (batch, height, width); connect a "
+        "MASK output."
+    )
+
+
+@pytest.mark.parametrize("other", [[], [GuidanceTerm(1.0, label="plain")]], ids=["alone", "beside another"])
+def test_a_mask_of_zeros_switches_its_term_off(
+    term_node, gcfg, prior, concept, prompt, latent, caplog, count_forwards, other
+):
+    """A detector that found nothing must not fail the prompt."""
+    other = [replace(term, conditioning=prompt(1)) for term in other]
+    calls = count_forwards(concept)
+    (terms,) = term_node(2.0, 0.0, 1.0, concept, prompt(2), torch.zeros(1, 64, 64))
+    got = gcfg(prior, prompt(0), [*other, *terms], latent)
+    assert (
+        f"Guidance Term '{len(other) + 1}': its mask is zero everywhere, so the term does nothing; paint the region "
+        f"where it should act, or disconnect it."
+    ) in caplog.messages
+    assert not calls
+    assert torch.equal(got, gcfg(prior, prompt(0), other or [GuidanceTerm(0.0, conditioning=prompt(1))], latent))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 4, 0, 8)])
+def test_a_latent_that_holds_nothing(gcfg, prior, prompt, shape):
+    assert refused(gcfg, prior, prompt(0), [text(prompt)], {"samples": torch.zeros(shape)}) == (
+        f"GCFG KSampler: latent_image has shape {shape} and so holds nothing, expected at least one latent; give it a "
+        f"batch of 1 or more and a size above 0."
     )
 
 
