@@ -97,6 +97,7 @@ class GCFGGuidanceTerm:
                     "STRING",
                     {
                         "default": "",
+                        "advanced": True,
                         "tooltip": "For latents of several streams: factors of the weight, such as video: 1, audio: "
                         "0.5. A stream that is not named has 1.",
                     },

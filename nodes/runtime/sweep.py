@@ -25,7 +25,7 @@ from ...gcfg.plan import GuidancePlan
 from ...gcfg.terms import GuidanceTerm
 from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
-from .lanes import BASE, predict
+from .lanes import BASE, Predictions, predict
 from .run import Run
 from .step import Step
 
@@ -65,16 +65,7 @@ class SweepGuider(GCFGGuider):
             return latents.joined([latent_image] * len(self.cells))
         if any(_keeps_state(group.patcher) for group in self.groups):
             return self._one_by_one(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        try:
-            return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
-        except _MODEL_FAILED as error:
-            together = min(self.at_once, len(self.cells))
-            if together == 1 or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
-                raise
-            raise GuidanceError(
-                f"{self.node}: the model failed with {together} cells in one call ({error}), expected one that takes "
-                f"several latents at once; set cells_at_once to 1."
-            ) from error
+        return super().sample(noise, latent_image, _EachCell(self, sampler), sigmas, *args, **kwargs)
 
     def _lasting_pair(self, terms: Sequence[GuidanceTerm]) -> None:
         """None: what is a pair in one cell is none in another."""
@@ -211,7 +202,7 @@ class _Chunk:
         batches = {tuple(cells): torch.cat([asked[cell].x for cell in cells]) for cells in rows.values()}
         question = questions[0][1]
         wanted = {key: batches[tuple(cells)] for key, cells in rows.items()}
-        predictions = predict(run.lanes, wanted, BASE, question.sigma, question.options, self.seed)
+        predictions = self._predictions(wanted, question)
         parts = {
             key: dict(zip(rows[key], prediction.split(len(question.x)), strict=True))
             for key, prediction in predictions.items()
@@ -223,3 +214,25 @@ class _Chunk:
             weights = tuple((term.index, term.weight) for term in steps[cell].acting)
             self._group[cell] = self._groups.setdefault((self._group[cell], weights), len(self._groups) + 1)
         return answers
+
+    def _predictions(self, wanted: Predictions, question: _Question) -> Predictions:
+        """Predictions of all cells; with a word where the model evaluates one cell but not several in one call."""
+        run, each = self.run, len(question.x)
+
+        def of(latents: Predictions) -> Predictions:
+            return predict(run.lanes, latents, BASE, question.sigma, question.options, self.seed)
+
+        try:
+            return of(wanted)
+        except _MODEL_FAILED as error:
+            cells = max(len(x) for x in wanted.values()) // each
+            if cells == 1 or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
+                raise
+            try:
+                of({key: x[:each] for key, x in wanted.items()})
+            except _MODEL_FAILED:
+                raise error from None
+            raise GuidanceError(
+                f"{run.node}: the model cannot evaluate {cells} cells in one call ({error}), but it can one; set "
+                f"cells_at_once to 1."
+            ) from error

@@ -77,7 +77,7 @@ def test_mask_is_resized_as_comfyui_does(comfy):
     mask = torch.rand(1, 37, 53, generator=torch.Generator().manual_seed(0))
     conds = [{"mask": mask}]
     comfy.samplers.resolve_areas_and_cond_masks_multidim(conds, (8, 12), "cpu")
-    assert torch.equal(fit_mask(mask, torch.zeros(3, 4, 8, 12)), conds[0]["mask"].expand(3, 8, 12)[:, None])
+    assert torch.equal(fit_mask(mask, (3, 4, 8, 12), "Guidance Term"), conds[0]["mask"][:, None])
 
 
 def test_batched_where_weights_are_the_same(gcfg, prior, concept, prompt, latent, count_forwards):

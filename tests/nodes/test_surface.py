@@ -9,7 +9,7 @@ SURFACE = {
     "GCFGGuidanceTerm": (
         "Guidance Term",
         ["weight", "start_percent", "end_percent"],
-        ["model", "conditioning", "mask", "terms", "label", "curve", "end_weight", "points"],
+        ["model", "conditioning", "mask", "terms", "label", "curve", "end_weight", "points", "stream_weights"],
         ("GCFG_TERMS",),
     ),
     "GCFGDecoupledPrompt": ("Decoupled Prompt", ["clip", "text"], ["model", "terms"], ("GCFG_TERMS",)),
