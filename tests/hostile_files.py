@@ -121,13 +121,14 @@ def metadata():
 def unets():
     """UNet files with odd tensors, keys or metadata."""
     yield "unet", unet()
+    yield "ordinary unet", unet("ordinary")
     yield (
         "unet with metadata with colours",
         unet(metadata={"a\x1b[31m": "\x1b[2J\x1b]0;x\x07\u202e", "b\nform": "good\n"}),
     )
     yield "unet with 5 MB of metadata", unet(metadata={"a": "x" * 5_000_000})
     for width in ("-1", "0", "٣", "9" * 5000, "9999999999", "1e3"):
-        yield f"compact unet with context_dim {width[:22]}", unet(compact=True, metadata={"gcfg.context_dim": width})
+        yield f"compact unet with context_dim {width[:22]}", unet("compact", metadata={"gcfg.context_dim": width})
     yield "unet with half a character in a key", unet(add={"\ud83d": []})
     yield "unet with colours in a key", unet(add={"\x1b[31mred\n": [2]})
     yield "unet with an empty key", unet(add={"": [2]})
@@ -151,19 +152,20 @@ def unets():
         "input_blocks.1.0.in_layers.0.weight",
     )
     for key in looked_at:
-        yield f"unet without {key}", unet(drop=[key])
-        for shape in ([], [320], [320, 320, 1], [0], [320, 0]):
-            yield f"unet with {key} of shape {shape}", unet(shapes={key: shape})
+        yield f"ordinary unet without {key}", unet("ordinary", drop=[key])
+        yield f"folded unet without {key}", unet(drop=[key])
+        for form, shape in (("ordinary", []), ("folded", [320]), ("ordinary", [320, 320, 1]), ("folded", [0])):
+            yield f"{form} unet with {key} of shape {shape}", unet(form, shapes={key: shape})
     for key in (f"{BLOCK}.norm1.weight", "input_blocks.1.1.proj_in.weight", "input_blocks.0.0.weight"):
         for shape in ([], [4], [1, 1, 1, 1, 1, 1]):
-            yield f"compact unet with {key} of shape {shape}", unet(compact=True, shapes={key: shape})
+            yield f"compact unet with {key} of shape {shape}", unet("compact", shapes={key: shape})
     for shape in ([], [1], [320, 1], [1, 1, 320, 1], [0]):
         yield (
             f"compact unet with a constant of shape {shape}",
-            unet(compact=True, shapes={f"{BLOCK}.attn2.null_text_feature": shape}),
+            unet("compact", shapes={f"{BLOCK}.attn2.null_text_feature": shape}),
         )
     for shape in ([], [2816], [1280, 0], [1280, 2816, 1]):
-        yield f"compact unet with label_emb of shape {shape}", unet(compact=True, add={"label_emb.0.0.weight": shape})
+        yield f"compact unet with label_emb of shape {shape}", unet("compact", add={"label_emb.0.0.weight": shape})
     for dtype in ("I64", "U8", "BOOL", "C64", "F4", "F8_E8M0", "U16", "F64"):
         yield f"unet of {dtype}", unet(dtype=dtype)
         yield f"unet with to_v of {dtype}", unet(dtypes={f"{BLOCK}.attn2.to_v.weight": dtype})
@@ -173,10 +175,10 @@ def unets():
     yield "unet of F8_E4M3 with NaN in out.2.bias", unet(dtype="F8_E4M3", values={"out.2.bias": b"\x7f"})
 
 
-def unet(compact=False, add=(), drop=(), shapes=(), dtype="F16", dtypes=(), values=(), metadata=None):
+def unet(form="folded", add=(), drop=(), shapes=(), dtype="F16", dtypes=(), values=(), metadata=None):
     """A UNet file as (its start, its size, bytes at places in it), to be written with a hole."""
     tensors = {key: list(shape) for key, shape in layouts.unet(layouts.FAMILIES["sd15"]).items()}
-    if compact:
+    if form == "compact":
         features = {
             f"{key.removesuffix('norm2.bias')}attn2.null_text_feature" for key in tensors if "norm2.bias" in key
         }
@@ -192,7 +194,13 @@ def unet(compact=False, add=(), drop=(), shapes=(), dtype="F16", dtypes=(), valu
         header[key] = {"dtype": of, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     start = container(header)
-    places = {len(start) + header[key]["data_offsets"][0]: value for key, value in dict(values).items()}
+    if form == "ordinary":
+        values = {key: b"\x3c" for key in header if key.endswith("attn2.to_v.weight")} | dict(values)
+    places = {
+        len(start) + header[key]["data_offsets"][0]: value
+        for key, value in dict(values).items()
+        if math.prod(header[key]["shape"])
+    }
     return start, len(start) + end, places
 
 
@@ -213,7 +221,6 @@ def no_files(folder):
     yield "folder", folder / "folder.safetensors"
     yield "file as a folder", folder / "unet.safetensors" / "x.safetensors"
     yield "name of 300 letters", folder / f"{'x' * 300}.safetensors"
-    yield "name with a zero", folder / "a\0b.safetensors"
     if os.name == "nt":
         return
     os.mkfifo(folder / "pipe.safetensors")

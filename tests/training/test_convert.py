@@ -1,4 +1,4 @@
-"""`gcfg convert`: pickles as files of tensors, in process and as the installed command; what is malicious never runs."""
+"""`gcfg convert`: pickles as files of tensors, in process and as the installed command; nothing in them is run."""
 
 import io
 import os
