@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from .errors import GuidanceError
+from .safetensors_header import shown, stated_number
 from .unet_keys import diffusers_to_ldm
+from .unet_tensors import refuse_odd_tensors
 
 StateDict = dict[str, Tensor]
 Form = Literal["ordinary", "folded", "compact"]
@@ -28,6 +30,7 @@ Naming = Literal["LDM", "diffusers"]
 
 FEATURE = "attn2.null_text_feature"
 DEAD = ("attn2.to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias")
+_CONSTANT = "attn2.to_out.0.bias"  # F_null of a folded file
 NORM = ("norm2.weight", "norm2.bias")
 CONTEXT_DIM_KEY = "gcfg.context_dim"  # in a file's metadata
 
@@ -65,11 +68,12 @@ def describe(
     """Recognise a UNet file.
 
     Args:
-        state_dict: the whole file; may be lazy: few tensors are looked at.
+        state_dict: the whole file; may be lazy: of most tensors only the shape is looked at.
         metadata: the file's metadata, which may state `gcfg.context_dim`.
         source: start of every error, naming the input or the file.
 
-    Raises: GuidanceError: if it is no UNet with transformer blocks, or its attn2 keys are incomplete.
+    Raises: GuidanceError: if it is no UNet with transformer blocks, its attn2 keys are incomplete, or a tensor has
+        other axes than its name says.
     """
     naming, prefix = _find_unet(state_dict, source)
     blocks = _blocks(state_dict, prefix)
@@ -78,15 +82,14 @@ def describe(
             f"{source} has a UNet without 'transformer_blocks.N' keys, expected one with cross-attention; "
             "use a UNet of the SD1.x, SD2.x or SDXL family."
         )
+    refuse_odd_tensors(_in_ldm_keys(state_dict, naming, prefix), source)
     form = _form(state_dict, prefix, blocks, source)
     return ConceptFile(form, naming, prefix, blocks, _context_dim(state_dict, prefix, blocks, metadata or {}))
 
 
 def unet_in_ldm_keys(state_dict: Mapping[str, Tensor], found: ConceptFile) -> StateDict:
     """Return only the file's UNet, in bare LDM keys, whatever its prefix and naming."""
-    n = len(found.prefix)
-    bare = {key[n:]: tensor for key, tensor in state_dict.items() if key.startswith(found.prefix)}
-    return diffusers_to_ldm(bare) if found.naming == "diffusers" else bare
+    return _in_ldm_keys(state_dict, found.naming, found.prefix)
 
 
 def features(state_dict: Mapping[str, Tensor], source: str = "The file") -> StateDict:
@@ -100,7 +103,7 @@ def features(state_dict: Mapping[str, Tensor], source: str = "The file") -> Stat
             f"{source} is an ordinary UNet, expected a null-text one (folded or compact); "
             "train one, or use the Null-Text Patch on the loaded model."
         )
-    key = FEATURE if found.form == "compact" else "attn2.to_out.0.bias"
+    key = FEATURE if found.form == "compact" else _CONSTANT
     return {block: state_dict[f"{found.prefix}{block}.{key}"].reshape(-1) for block in found.blocks}
 
 
@@ -181,6 +184,11 @@ def without_dead_weights(state_dict: Mapping[str, Tensor], found: ConceptFile) -
     return alive
 
 
+def _in_ldm_keys(state_dict: Mapping[str, Tensor], naming: Naming, prefix: str) -> StateDict:
+    bare = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+    return diffusers_to_ldm(bare) if naming == "diffusers" else bare
+
+
 def _find_unet(keys: Mapping[str, object], source: str) -> tuple[Naming, str]:
     for prefix in _PREFIXES:
         for naming, first in _FIRST_KEYS:
@@ -221,11 +229,14 @@ def _form(state_dict: Mapping[str, Tensor], prefix: str, blocks: tuple[str, ...]
     # A file may keep its dead weights beside the features: the features are what its author meant.
     if with_feature:
         _require(state_dict, [base + key for base in bases for key in (FEATURE, "norm1.weight")], source)
-        _check_widths(state_dict, bases, source)
+        _check_widths(state_dict, bases, FEATURE, source)
         return "compact"
     _require(state_dict, [base + key for base in bases for key in DEAD], source)
-    folded = all(not state_dict[base + "attn2.to_v.weight"].float().any() for base in bases)
-    return "folded" if folded else "ordinary"
+    if any(state_dict[base + "attn2.to_v.weight"].float().any() for base in bases):
+        return "ordinary"
+    _require(state_dict, [base + "norm1.weight" for base in bases], source)
+    _check_widths(state_dict, bases, _CONSTANT, source)
+    return "folded"
 
 
 def _require(state_dict: Mapping[str, Tensor], expected: list[str], source: str) -> None:
@@ -234,17 +245,19 @@ def _require(state_dict: Mapping[str, Tensor], expected: list[str], source: str)
         found = [key for key in state_dict if "attn2." in key]
         raise GuidanceError(
             f"{source} is neither an ordinary nor a null-text UNet: expected {_list(expected)}, of which "
-            f"{len(missing)} are missing, first {missing[0]!r}; found {_list(found)} of attn2; export the file again."
+            f"{len(missing)} are missing, first {shown(missing[0])}; found {_list(found)} of attn2; export the file "
+            "again."
         )
 
 
-def _check_widths(state_dict: Mapping[str, Tensor], bases: list[str], source: str) -> None:
+def _check_widths(state_dict: Mapping[str, Tensor], bases: list[str], key: str, source: str) -> None:
     for base in bases:
-        shape = tuple(state_dict[base + FEATURE].shape)
+        shape = tuple(state_dict[base + key].shape)
         c = state_dict[base + "norm1.weight"].numel()
-        if shape not in ((c,), (1, c), (1, 1, c)):
+        fitting = ((1, 1, c), (1, c), (c,)) if key == FEATURE else ((c,),)
+        if shape not in fitting:
             raise GuidanceError(
-                f"{source}: {base + FEATURE!r} has the shape {shape}, expected (1, 1, {c}); export the file again."
+                f"{source}: {base + key!r} has the shape {shape}, expected {fitting[0]}; export the file again."
             )
 
 
@@ -254,9 +267,8 @@ def _context_dim(
     to_k = f"{prefix}{blocks[0]}.attn2.to_k.weight"
     if to_k in state_dict:
         return state_dict[to_k].shape[1]
-    stated = metadata.get(CONTEXT_DIM_KEY, "")
-    if stated.isdecimal():
-        return int(stated)
+    if stated := stated_number(metadata, CONTEXT_DIM_KEY):
+        return stated
     pooled = ("label_emb.0.0.weight", "add_embedding.linear_1.weight", "class_embedding.linear_1.weight")
     for key in pooled:
         if prefix + key in state_dict:
@@ -267,9 +279,9 @@ def _context_dim(
     return 1024 if proj_in is not None and proj_in.ndim == 2 else 768  # SD2.x made the projections linear
 
 
-def _list(keys: Iterable[str], shown: int = 3) -> str:
+def _list(keys: Iterable[str], count: int = 3) -> str:
     names = list(keys)
-    first = ", ".join(repr(name) for name in names[:shown])
+    first = ", ".join(map(shown, names[:count]))
     if not names:
         return "no keys"
-    return first if len(names) <= shown else f"{first} and {len(names) - shown} more keys"
+    return first if len(names) <= count else f"{first} and {len(names) - count} more keys"

@@ -2,56 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import BinaryIO
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import GuidanceError
+from .safetensors_header import DamagedHeaderError, Header, NoHeaderError, parse_header
 
 SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_LONGEST_HEADER = 100_000_000  # by the format: a greater length means some other kind of file
 
-_CONVERT = (
-    "import torch, safetensors.torch as s; d = torch.load('{old}', map_location='cpu', weights_only=True); "
-    "d = d.get('state_dict', d); "
-    "s.save_file({{k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}}, '{new}')"
-)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says about itself: its metadata, and each tensor's shape and size."""
-
-    metadata: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    sizes: dict[str, int]
-
-    def parameters(self, prefix: str = "") -> int:
-        """Number of values in the tensors whose key starts with the prefix."""
-        return sum(prod(shape) for key, shape in self.shapes.items() if key.startswith(prefix))
-
-    def bytes(self, prefix: str = "") -> int:
-        """Bytes of the tensors whose key starts with the prefix."""
-        return sum(size for key, size in self.sizes.items() if key.startswith(prefix))
+# The file's name is no part of it: whoever pastes a command into a shell would run what the name says.
+CONVERT = "expected .safetensors; run `gcfg convert FILE` with this file (training/README.md tells how to install it)."
 
 
 class LazyStateDict(Mapping[str, Tensor]):
-    """A file's tensors, each read when it is asked for, so that a look at a checkpoint does not load it."""
+    """A file's tensors, each read when it is asked for, so that a look at a checkpoint does not load it.
+
+    Raises: GuidanceError: if the file is no longer what `read_header` found good.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(str(path), framework="pt")
-        self._keys = dict.fromkeys(self._file.keys())  # type: ignore[no-untyped-call]  # in the file's order
+        self._path = path
+        try:
+            self._file = safe_open(str(path), framework="pt")
+            self._keys = dict.fromkeys(self._file.keys())  # type: ignore[no-untyped-call]  # in the file's order
+        except (SafetensorError, OSError) as error:
+            raise changed(repr(str(path)), error) from error
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._keys:
             raise KeyError(key)
-        tensor: Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
+        try:
+            tensor: Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise changed(repr(str(self._path)), error) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -68,52 +59,87 @@ def read_header(path: Path, source: str) -> Header:
         path: the file.
         source: how the user knows it, the start of every error: "Load Concept UNet: unet_name 'a.safetensors'".
 
-    Raises: GuidanceError: if the file is missing, a pickle, not a safetensors file, or cut short.
+    Raises: GuidanceError: if the file is missing, unreadable, a pickle, not a safetensors file, damaged, or cut short.
     """
-    if not path.is_file():
-        raise GuidanceError(f"{source} was not found, expected a .safetensors file; check the name and the folder.")
-    if path.suffix.lower() in PICKLE_SUFFIXES or _starts_like_pickle(path):
-        raise GuidanceError(f"{source} is a pickle, which can run any code when opened; {conversion(path)}")
+    try:
+        with open_regular(path, source) as file:
+            return _header(file, path, source)
+    except OSError as error:
+        raise unreadable(source, error) from error
+
+
+def open_regular(path: Path, source: str, expected: str = "a .safetensors file") -> BinaryIO:
+    """Open a file to be read; one that is no regular file would never end, or never begin.
+
+    Args:
+        path: the file.
+        source: start of every error.
+        expected: what the file should be.
+
+    Raises: GuidanceError: if there is no such file, or it cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if S_ISREG(mode):
+            return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise GuidanceError(f"{source} was not found, expected {expected}; check the name and the folder.") from error
+    except (OSError, ValueError) as error:  # a name with a zero is a ValueError
+        raise unreadable(source, error) from error
+    kind = "a folder" if S_ISDIR(mode) else "no regular file (a pipe, a socket or a device)"
+    raise GuidanceError(f"{source} is {kind}, expected {expected}; name another one.")
+
+
+def is_pickle(path: Path, start: bytes) -> bool:
+    """Tell a pickle by its suffix, or a renamed one by the zip or protocol bytes at its start.
+
+    A safetensors header opens with a brace at byte 8.
+    """
+    by_content = start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{"
+    return path.suffix.lower() in PICKLE_SUFFIXES or by_content
+
+
+def changed(source: str, error: Exception) -> GuidanceError:
+    """Return the error of a file that was good when its header was read."""
+    return GuidanceError(
+        f"{source} could not be read to its end ({_line(error)}), although it was good just now; wait until nothing "
+        "writes to it any more, and try again."
+    )
+
+
+def unreadable(source: str, error: Exception) -> GuidanceError:
+    """Return the error of a file that the system does not let us read."""
+    reason = getattr(error, "strerror", None) or _line(error)
+    return GuidanceError(f"{source} cannot be read: {reason}; check the file, its rights and its disk.")
+
+
+def _header(file: BinaryIO, path: Path, source: str) -> Header:
+    start = file.read(9)
+    if is_pickle(path, start):
+        raise GuidanceError(f"{source} is a pickle, which can run any code when opened; {CONVERT}")
     if path.suffix.lower() != SUFFIX:
         raise GuidanceError(f"{source} ends in {path.suffix or 'nothing'!r}, expected a .safetensors file.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        # The format allows a header of at most 100 MB: a greater length means some other kind of file.
-        if not 2 <= length <= 100_000_000:
-            raise _not_safetensors(source, size)
-        raw = file.read(length)
-    if len(raw) < length:
+    size = file.seek(0, 2)
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if not 2 <= length <= _LONGEST_HEADER:
+        raise _not_safetensors(source, size)
+    if size < 8 + length:
         raise _truncated(source, size, 8 + length)
+    file.seek(8)
     try:
-        entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", None) or {}
-        shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        spans = {key: entry["data_offsets"] for key, entry in entries.items()}
-        sizes = {key: int(end) - int(begin) for key, (begin, end) in spans.items()}
-        end = max((int(span[1]) for span in spans.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        header = parse_header(file.read(length))
+    except NoHeaderError as error:
         raise _not_safetensors(source, size) from error
-    if size < 8 + length + end:
-        raise _truncated(source, size, 8 + length + end)
-    return Header(metadata, shapes, sizes)
-
-
-def conversion(path: Path) -> str:
-    """Say how to convert a pickle, as the end of a sentence."""
-    renamed = path.suffix.lower() == SUFFIX  # torch.load goes by the name
-    old = f"{path.stem}.ckpt" if renamed else path.name
-    command = _CONVERT.format(old=old, new=f"{path.stem}.safetensors")
-    first = f"rename it to {old!r} and " if renamed else ""
-    return f'expected .safetensors; {first}convert it once, in its folder, with: python -c "{command}"'
-
-
-def _starts_like_pickle(path: Path) -> bool:
-    """Recognise a renamed pickle by its zip or protocol bytes; a safetensors header opens with a brace at byte 8."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{"
+    except DamagedHeaderError as error:
+        raise GuidanceError(f"{source} is damaged: {error}; copy or download the file again.") from error
+    expected = 8 + length + header.bytes()
+    if size < expected:
+        raise _truncated(source, size, expected)
+    if size > expected:
+        raise GuidanceError(
+            f"{source} is damaged: {size - expected} bytes follow its last tensor; copy or download the file again."
+        )
+    return header
 
 
 def _not_safetensors(source: str, size: int) -> GuidanceError:
@@ -124,3 +150,7 @@ def _not_safetensors(source: str, size: int) -> GuidanceError:
 
 def _truncated(source: str, size: int, expected: int) -> GuidanceError:
     return GuidanceError(f"{source} is cut short: {size} bytes, expected {expected}; copy or download the file again.")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

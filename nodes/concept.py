@@ -95,8 +95,8 @@ def find_model(name: str) -> str:
 
     Raises: GuidanceError: if the name leaves the model folders or no such file is there.
     """
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
+    # What ComfyUI lists is inside, whatever its name looks like; another name must look so.
+    if name not in _file_names() and _leads_out(name):
         raise GuidanceError(
             f"Load Concept UNet: unet_name {name!r} leads out of the model folders, expected a name from the list."
         )
@@ -108,6 +108,11 @@ def find_model(name: str) -> str:
         f"Load Concept UNet: unet_name {name!r} was not found in the model folders ({', '.join(_folders())}), expected "
         "a .safetensors file there; check the name and refresh the page."
     )
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name
 
 
 def _folders() -> list[str]:

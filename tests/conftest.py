@@ -56,6 +56,15 @@ def model_folder(root):
 
 
 @pytest.fixture(scope="session")
+def hostile_files(tmp_path_factory):
+    """Damaged, odd and malicious model files, by names that say how; see hostile_files.py."""
+    spec = importlib.util.spec_from_file_location("hostile_files", ROOT / "tests" / "hostile_files.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write_hostile_files(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="session")
 def work_folder(model_folder, tmp_path_factory):
     """Make a ComfyUI base folder with the small models and the input pictures."""
     from comfyui_gcfg.demo import pictures

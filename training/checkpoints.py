@@ -18,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..gcfg.errors import printable
 from .files import discard, remove_unfinished, whole_folder
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,10 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
         if checkpoint := read(path):
             return checkpoint
-        log.warning("Checkpoint %s is damaged, expected the files its manifest names; the one before it is used.", path)
+        log.warning(
+            "Checkpoint %s is damaged, expected the files its manifest names; the one before it is used.",
+            printable(str(path)),
+        )
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 try:
     import typer
 
-    from .command_errors import one_sentence
+    from .command_errors import one_sentence, say
     from .config import fields
     from .config_file import load_config
     from .evaluation.cli import app as evaluate
@@ -74,7 +74,7 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
 
         report = encode_images(settings)
         if join_processes().is_main_process:
-            typer.echo(told(report, settings))
+            say(told(report, settings).split("\n"))
 
 
 @app.command("train", epilog=_SETTINGS)
@@ -95,16 +95,16 @@ def train_command(
             from .dry_run import dry_run as measure
 
             if cost := measure(settings):
-                typer.echo("\n".join(cost.lines()))
+                say(cost.lines())
             return
         from .run import train
 
         outcome = train(settings)
     if outcome.signal:
-        typer.echo(f"Stopped at step {outcome.step} of {settings.train.steps}; the same command goes on from there.")
+        say(f"Stopped at step {outcome.step} of {settings.train.steps}; the same command goes on from there.")
         raise typer.Exit(128 + outcome.signal)
     if outcome.exported:
-        typer.echo(f"Trained {outcome.step} steps: {outcome.exported}")
+        say(f"Trained {outcome.step} steps: {outcome.exported}")
 
 
 @app.command("export")
@@ -126,7 +126,7 @@ def export_command(
     with one_sentence():
         from .trained import export_run
 
-        typer.echo(export_run(source, output, form.value, weights.value, dtype.value))
+        say(str(export_run(source, output, form.value, weights.value, dtype.value)))
 
 
 @app.command("validate")
@@ -139,7 +139,7 @@ def validate_command(
         from .data.validate import validate
 
         report = validate(data, resolution)
-    typer.echo("\n".join(report.lines))
+    say(report.lines)
     if not report.clean:
         raise typer.Exit(1)
 
@@ -152,7 +152,22 @@ def inspect_command(
     with one_sentence():
         from .inspect_file import inspect_file, report
 
-        typer.echo(report(inspect_file(file)))
+        say(report(inspect_file(file)))
+
+
+@app.command("convert")
+def convert_command(
+    file: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth, .bin, or one renamed.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that has the new name.")] = False,
+) -> None:
+    """Write a pickled checkpoint's tensors as a .safetensors file beside it; no code that stands in it is run.
+
+    The new file has FILE's name with .safetensors for its ending; NAME-converted.safetensors where that is FILE itself.
+    """
+    with one_sentence():
+        from .convert import convert
+
+        say(str(convert(file, overwrite)))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,13 +1,13 @@
-"""What every `gcfg` command does with an error that is meant for its user."""
+"""How every `gcfg` command speaks to its user: text of others, such as files' names, stays on its line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
 
-from ..gcfg.errors import GuidanceError
+from ..gcfg.errors import GuidanceError, printable
 
 
 @contextmanager
@@ -18,3 +18,8 @@ def one_sentence() -> Iterator[None]:
     except GuidanceError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def say(lines: str | Iterable[object]) -> None:
+    """Print lines, one given as a text."""
+    typer.echo("\n".join(printable(str(line)) for line in ([lines] if isinstance(lines, str) else lines)))

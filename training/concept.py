@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +131,7 @@ def _sizes(x: Tensor, geometry: Tensor | None) -> Tensor:
 
 def _of_file(path: Path, unet: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, Tensor]:
     modes = ", ".join(repr(mode) for mode in MODES)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise GuidanceError(f"model.null_text: {path.name!r} is neither {modes} nor a file, at {str(path)!r}.")
     source = f"model.null_text {str(path)!r}"
     header = read_header(path, source)

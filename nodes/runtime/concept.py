@@ -13,9 +13,11 @@ import comfy.model_detection
 import comfy.sd
 import comfy.utils
 import torch
+from safetensors import SafetensorError
 
 from ...gcfg.concept_file import (
     DEAD,
+    FEATURE,
     NORM,
     ConceptFile,
     describe,
@@ -25,7 +27,9 @@ from ...gcfg.concept_file import (
 )
 from ...gcfg.errors import GuidanceError
 from ...gcfg.null_text import replace_cross_attention
-from ...gcfg.safetensors_file import read_header
+from ...gcfg.safetensors_file import changed, read_header
+from ...gcfg.safetensors_header import shown
+from ...gcfg.unet_tensors import not_finite
 
 # The stock UNETLoader's options and what they mean to the loading function of the same versions.
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -56,7 +60,7 @@ def load_concept_unet(
     """
     source = f"Load Concept UNet: unet_name {name or Path(path).name!r}"
     header = read_header(Path(path), source)
-    state_dict = comfy.utils.load_torch_file(path, safe_load=True)
+    state_dict = _read(path, source)
     found = describe(state_dict, header.metadata, source)
     unet = unet_in_ldm_keys(state_dict, found)
     held = len(unet)
@@ -64,6 +68,7 @@ def load_concept_unet(
     if null_text:
         unet = without_dead_weights(unet, describe(unet, header.metadata, source))
     _check_recognised(unet, found, source, held)
+    _warn_of_not_finite({**unet, **{f"{block}.{FEATURE}": constant for block, constant in null_text.items()}}, source)
     options = {
         "model_options": dict(_OPTIONS[weight_dtype]),
         "metadata": header.metadata or None,
@@ -77,6 +82,22 @@ def load_concept_unet(
     return patcher
 
 
+def _read(path: str, source: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = comfy.utils.load_torch_file(path, safe_load=True)
+    except (SafetensorError, OSError, ValueError) as error:  # ComfyUI tells some errors of a header as a ValueError
+        raise changed(source, error) from error
+    return tensors
+
+
+def _warn_of_not_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
+    if broken := not_finite(tensors):
+        logging.warning(
+            f"{source} has NaN or infinite values in {len(broken)} of {len(tensors)} tensors, first "
+            f"{shown(broken[0])}: its images will be black; export or download the file again."
+        )
+
+
 def _check_recognised(unet: dict[str, torch.Tensor], found: ConceptFile, source: str, held: int) -> None:
     try:
         config = comfy.model_detection.model_config_from_unet(unet, "")
@@ -84,6 +105,11 @@ def _check_recognised(unet: dict[str, torch.Tensor], found: ConceptFile, source:
         raise GuidanceError(
             f"{source} is incomplete: the UNet's tensor {error} is missing, found {held}; export or download the "
             "file again."
+        ) from error
+    except (IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise GuidanceError(
+            f"{source} has tensors by which this ComfyUI cannot tell its model ({type(error).__name__}: {error}), "
+            "expected one of the SD1.x, SD2.x or SDXL family; export or download the file again."
         ) from error
     if config is None:
         raise GuidanceError(

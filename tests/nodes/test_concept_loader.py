@@ -11,6 +11,7 @@ import torch
 from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.concept_file import compact, fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.safetensors_file import read_header
 from safetensors.torch import save_file
 
 WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
@@ -320,14 +321,26 @@ def refusal(loader, name):
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["../../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"]
-)
+OUTSIDE = ["../../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "C:x.safetensors", "\\\\server\\x.safetensors", "a\0.safetensors"])
 def test_path_tricks(loader, folders, name):
     outside = folders[0].parent / "x.safetensors"
     save_file({"a": torch.zeros(1)}, outside)
     assert refusal(loader, name) == (
         f"Load Concept UNet: unet_name {name!r} leads out of the model folders, expected a name from the list."
+    )
+
+
+def test_a_name_with_a_colon_that_comfyui_lists(loader, folders, state_dict):
+    (folders[0] / "12:30").mkdir()
+    save_file(state_dict("sd15", "compact"), folders[0] / "12:30" / "a: b.safetensors")
+    listed = sys.modules["folder_paths"].get_filename_list(folders[0].name)
+    assert listed == ["12:30/a: b.safetensors"]
+    assert loader(listed[0]).model_size() > 0
+    assert refusal(loader, "12:30/c.safetensors").endswith(
+        "leads out of the model folders, expected a name from the list."
     )
 
 
@@ -375,7 +388,7 @@ def test_a_pickle_is_refused_unopened(loader, folders):
             f"Load Concept UNet: unet_name {name!r} is a pickle, which can run any code when opened; expected "
             ".safetensors; "
         )
-        assert "convert it once, in its folder, with: python -c " in message
+        assert message.endswith("run `gcfg convert FILE` with this file (training/README.md tells how to install it).")
 
 
 def test_a_file_that_lacks_a_layer_is_not_loaded_in_silence(loader, folders, state_dict):
@@ -426,11 +439,51 @@ def test_a_unet_no_comfyui_knows(loader, folders, state_dict):
 def test_a_header_that_lies_about_its_tensors(loader, folders):
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 10**12]}}).encode()
     (folders[0] / "lie.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    size = 8 + len(header)
     assert refusal(loader, "lie.safetensors") == (
-        f"Load Concept UNet: unet_name 'lie.safetensors' is cut short: {size} bytes, expected {size + 10**12}; copy or "
-        "download the file again."
+        "Load Concept UNet: unet_name 'lie.safetensors' is damaged: its tensor 'a' has the data_offsets "
+        "[0, 1000000000000], expected 16 bytes for F32 of shape [4]; copy or download the file again."
     )
+
+
+def test_a_file_that_shrinks_while_it_is_read(loader, folders, state_dict, monkeypatch):
+    from comfyui_gcfg.nodes.runtime import concept
+
+    path = folders[0] / "model.safetensors"
+    save_file(state_dict("sd15", "compact"), path)
+
+    def read_then_cut(*arguments):
+        header = read_header(*arguments)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - 1)
+        return header
+
+    monkeypatch.setattr(concept, "read_header", read_then_cut)
+    message = refusal(loader, "model.safetensors")
+    assert message.startswith("Load Concept UNet: unet_name 'model.safetensors' could not be read to its end (")
+    assert message.endswith(
+        "), although it was good just now; wait until nothing writes to it any more, and try again."
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_that_are_no_numbers_are_named_in_a_warning(loader, folders, state_dict, caplog, form):
+    sd = {key: value.half() for key, value in state_dict("sd15", form).items()}
+    save_file(sd, folders[0] / "good.safetensors")
+    loader("good.safetensors")
+    assert "NaN" not in caplog.text
+    constant = {"compact": "attn2.null_text_feature", "folded": "attn2.to_out.0.bias"}
+    key = f"input_blocks.1.1.transformer_blocks.0.{constant.get(form, 'attn2.to_k.weight')}"
+    sd[key] = sd[key].clone()
+    sd[key].view(-1)[-1] = float("nan")
+    save_file(sd, folders[0] / "broken.safetensors")
+    loader("broken.safetensors")
+    (warning,) = (record for record in caplog.records if "NaN" in record.getMessage())
+    assert warning.levelname == "WARNING"
+    named = key if form == "ordinary" else "input_blocks.1.1.transformer_blocks.0.attn2.null_text_feature"
+    assert warning.getMessage().startswith(
+        "Load Concept UNet: unet_name 'broken.safetensors' has NaN or infinite values in 1 "
+    )
+    assert f", first {named!r}: its images will be black; " in warning.getMessage()
 
 
 @pytest.mark.parametrize("family", ["SD15", "SDXL", "SD21"])

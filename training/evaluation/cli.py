@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...gcfg.errors import GuidanceError
-from ..command_errors import one_sentence
+from ..command_errors import one_sentence, say
 from .config import TASKS, Config, Task
 from .config_file import fields, load_config
 
@@ -120,10 +120,10 @@ def abtest_command(
 
         folder = settings.output_folder / FOLDER
         if count:
-            typer.echo(abtest.told(abtest.win_rates(count, abtest.key_of(folder))))
+            say(abtest.told(abtest.win_rates(count, abtest.key_of(folder))).split("\n"))
             return
         _refuse_unknown(settings, method)
-        typer.echo(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed))
+        say(str(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed)))
 
 
 def _measure(config: Path, overrides: list[str] | None, methods: list[str] | None, tasks: Sequence[Task]) -> None:
@@ -153,7 +153,7 @@ def _run(evaluation: Evaluation, tasks: Sequence[Task], methods: Sequence[str] |
         for method in methods or evaluation.config.methods:
             result = evaluation.run(task, method)
             if result and evaluation.is_main:
-                typer.echo(_line(result))
+                say(_line(result))
 
 
 def _sweep(evaluation: Evaluation) -> None:
@@ -161,7 +161,7 @@ def _sweep(evaluation: Evaluation) -> None:
 
     result = run_sweep(evaluation)
     if evaluation.is_main:
-        typer.echo(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
+        say(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
@@ -174,7 +174,7 @@ def _report(config: Config, page: Path | None = None, stages: Path | None = None
     page = page or folder / "report.md"
     experiment = Experiment(config.report.title, config.report.about, read_stages(stages) if stages else {})
     write_report(read_results(folder / RESULTS), experiment, page, folder, lambda: Canny(config).edges)
-    typer.echo(page)
+    say(str(page))
 
 
 def _refuse_unknown(config: Config, methods: Sequence[str] | None) -> None:

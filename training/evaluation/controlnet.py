@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,8 @@ def load_controlnet(path: Path, unet: Config, source: str) -> ControlNetModel:
     Raises: GuidanceError: if it is none, or one of another UNet.
     """
     try:
-        found = _from_folder(path, source) if path.is_dir() else _from_file(path, unet, source)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        found = _from_folder(path, source) if os.path.isdir(path) else _from_file(path, unet, source)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, OSError) as error:
         if isinstance(error, GuidanceError):
             raise
         raise _does_not_fit(source) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
@@ -126,7 +127,7 @@ def read_unet(path: Path, prior: Prior, source: str) -> nn.Module:
 
     Raises: GuidanceError: if there is none, or one of another family.
     """
-    header = None if path.is_dir() else read_header(path, source)
+    header = None if os.path.isdir(path) else read_header(path, source)
     if header is None or describe(LazyStateDict(path), header.metadata, source).form == "ordinary":
         found = find_unet(path, source)
         if (family_of(found.config), found.config["cross_attention_dim"]) != (prior.family, prior.context_dim):
@@ -138,7 +139,7 @@ def read_unet(path: Path, prior: Prior, source: str) -> nn.Module:
 
 def trained_parameters(path: Path, source: str) -> int | None:
     """Return the number of trained parameters that a model's file states, or None."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return None
     stated = read_header(path, source).metadata.get(TRAINED_KEY, "")
     return int(stated) if stated.isdecimal() else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...gcfg.errors import GuidanceError
-from ...gcfg.safetensors_file import PICKLE_SUFFIXES, conversion, read_header
+from ...gcfg.safetensors_file import CONVERT, PICKLE_SUFFIXES, read_header
 
 UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"
@@ -44,7 +44,7 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GuidanceError(f"{source}: {path.name} cannot be read ({error}); download the folder again.") from error
     if not isinstance(values, dict):
         raise GuidanceError(f"{source}: {path.name} holds no settings; download the folder again.")
@@ -62,7 +62,7 @@ def weight_files(folder: Path, stem: str, source: str) -> tuple[str | None, list
     if not files:
         pickles = sorted(path for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
         if pickles:
-            raise GuidanceError(f"{source}: {folder.name}/{pickles[0].name} is a pickle; {conversion(pickles[0])}")
+            raise GuidanceError(f"{source}: {folder.name}/{pickles[0].name} is a pickle; {CONVERT}")
         raise GuidanceError(f"{source}: {folder.name} has no '{stem}.safetensors'; download the folder again.")
     for path in files:
         read_header(path, f"{source}: {folder.name}/{path.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def open_prior(checkpoint: Path, section: str = "model") -> Prior:
 
 def _prediction(checkpoint: Path, unet: UNetSource) -> tuple[Prediction, bool]:
     """Return what the prior predicts, and whether its schedule has zero terminal SNR."""
-    if checkpoint.is_dir():
+    if os.path.isdir(checkpoint):
         path = checkpoint / "scheduler" / "scheduler_config.json"
         return _of_scheduler(read_json(path, unet.source), unet.source) if path.is_file() else ("eps", False)
     header = read_header(checkpoint, unet.source)

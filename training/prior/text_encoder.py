@@ -7,6 +7,7 @@ SDXL    CLIP-L and OpenCLIP-bigG, last but one layer, no norm, side by side; poo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_text_models(path: Path, family: Family, source: str) -> list[nn.Module]
 
     Raises: GuidanceError: if there is no text encoder of the family.
     """
-    return _from_folder(path, family, source) if path.is_dir() else _from_file(path, family, source)
+    return _from_folder(path, family, source) if os.path.isdir(path) else _from_file(path, family, source)
 
 
 def load_text_model(path: Path, family: Family, source: str) -> nn.Module:
@@ -218,8 +219,14 @@ def _from_file(path: Path, family: Family, source: str) -> list[nn.Module]:
             model = _empty(cls, open_clip_config(below, last_layer=family == "sdxl"))
             weights = {prefix + key: lazy[prefix + key].float() for key in below}
             models.append(_fill(model, convert_open_clip_checkpoint(model, weights, prefix=prefix), source))
+    except GuidanceError:
+        raise
     except (StopIteration, KeyError) as error:
         raise _missing(family, source) from error
+    except (IndexError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise GuidanceError(
+            f"{source} has a text encoder whose tensors do not fit each other ({_line(error)}); download it again."
+        ) from error
     return models
 
 
@@ -276,6 +283,10 @@ def _refuse_missing(missing: Sequence[str], source: str) -> None:
     missing = [key for key in missing if not key.endswith("position_ids")]
     if missing:
         raise GuidanceError(f"{source} lacks weights of its text encoder, first {missing[0]!r}; download it again.")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _missing(family: Family, source: str) -> GuidanceError:

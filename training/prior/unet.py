@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import ChainMap
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def find_unet(checkpoint: Path, source: str) -> UNetSource:
 
     Raises: GuidanceError: if it is not a UNet that can be a prior; one sentence.
     """
-    if checkpoint.is_dir():
+    if os.path.isdir(checkpoint):
         folder = component(checkpoint, "unet", "UNet2DConditionModel", source)
         config = read_json(folder / "config.json", source)
         refuse_unsuitable(config, source)
@@ -76,7 +77,12 @@ def find_unet(checkpoint: Path, source: str) -> UNetSource:
     bare = {key.removeprefix(found.prefix): key for key in header.shapes if key.startswith(found.prefix)}
     keys = diffusers_to_ldm(bare) if found.naming == "diffusers" else bare
     keys = {ldm: key for ldm, key in keys.items() if _UNET_KEY.match(ldm)}
-    config = unet_config({ldm: header.shapes[key] for ldm, key in keys.items()}, source)
+    try:
+        config = unet_config({ldm: header.shapes[key] for ldm, key in keys.items()}, source)
+    except KeyError as error:
+        raise GuidanceError(
+            f"{source} is incomplete: its UNet's tensor {error} is missing; export or download the file again."
+        ) from error
     unet = UNetSource(checkpoint, config, keys, source)
     expected = {key: tuple(tensor.shape) for key, tensor in diffusers_to_ldm(_empty(unet).state_dict()).items()}
     refuse_mismatch(expected, {ldm: header.shapes[key] for ldm, key in keys.items()}, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SCALING_FACTOR: dict[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 LATENT_CHANNELS = 4
 
+# What building a network of tensors that do not fit each other ends in.
+_MISFITS = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
 _PREFIXES = ("first_stage_model.", "vae.", "")
 _FIRST = "encoder.conv_in.weight"
 TAESD_FIRST = ("taesd_encoder.0.weight", "taesd_decoder.1.weight")  # the latter is ComfyUI's mark of one
@@ -62,7 +65,7 @@ def load_vae(path: Path, family: Family, source: str) -> Autoencoder:
 
     Raises: GuidanceError: if there is none, or one of another kind (a video or 16-channel VAE).
     """
-    vae = _from_folder(path, source) if path.is_dir() else _from_file(path, family, source)
+    vae = _from_folder(path, source) if os.path.isdir(path) else _from_file(path, family, source)
     channels = vae.config.latent_channels
     if channels != LATENT_CHANNELS:
         raise GuidanceError(
@@ -79,7 +82,9 @@ def _from_file(path: Path, family: Family, source: str) -> Autoencoder:
             if all(prefix + mark in shapes for mark in marks):
                 try:
                     return read(LazyStateDict(path), shapes, prefix, family)
-                except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                except GuidanceError:
+                    raise
+                except _MISFITS as error:
                     raise _another_kind(source) from error
     raise GuidanceError(_no_vae(shapes, source))
 
