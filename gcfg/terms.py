@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .curves import CONSTANT, WeightCurve
-from .errors import GuidanceError
+from .curves import CONSTANT, WeightCurve, check_weight
+from .errors import GuidanceError, short
 from .masks import check_mask
 from .reuse import Reuse
+
+MAX_LABEL = 200  # characters; it is in every message to the editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,18 +20,18 @@ class GuidanceTerm:
     """One weighted guidance delta, w (eps_i(x, c) - eps_0(x)) in Eq. 3 of Cao et al. 2023.
 
     Attributes:
-        weight: guidance weight w_i, any finite number; negative pushes away.
+        weight: guidance weight w_i, -100 to 100; negative pushes away.
         start_percent: where in the sampling the term begins to act, 0 (pure noise) to 1 (clean).
         end_percent: where it stops, at least `start_percent`.
         model: the model that predicts it, or None for the unconditional model. Opaque to this library.
         conditioning: its conditioning, or None for the unconditional one. Opaque to this library.
         mask: (N, H, W) in [0, 1], where the delta acts, or None for everywhere.
-        label: the user's name for it.
+        label: the user's name for it, as `label_text` shows it.
         curve: how the weight changes between start and end; constant by default.
         reuse: when its delta is carried on in place of being evaluated; None, the default: never.
 
     Raises:
-        GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is
+        GuidanceError: if the weight is outside -100..100, a percent outside 0..1, start is after end, or the mask is
             empty.
     """
 
@@ -45,11 +46,9 @@ class GuidanceTerm:
     reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "label", label_text(self.label))
         name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"
-        if not math.isfinite(self.weight):
-            raise GuidanceError(
-                f"{name}: weight is {self.weight}, expected a finite number; type a number such as 1.5 or -2."
-            )
+        check_weight(self.weight, f"{name}: weight")
         for field in ("start_percent", "end_percent"):
             if not 0.0 <= getattr(self, field) <= 1.0:
                 raise GuidanceError(
@@ -74,3 +73,8 @@ class GuidanceTerm:
         if not self.start_percent <= percent <= self.end_percent:
             return 0.0
         return self.curve.at(percent, self.weight, self.start_percent, self.end_percent)
+
+
+def label_text(label: str) -> str:
+    """A label as messages, charts and logs show it: on one line, without what they trip over, not too long."""
+    return short(label, MAX_LABEL)

@@ -42,10 +42,10 @@ def test_no_term(prior, prompt, latent, node):
     )
 
 
-@pytest.mark.parametrize("weight", [NAN, INF, -INF])
-def test_weight_is_not_finite(term_node, weight):
+@pytest.mark.parametrize("weight", [NAN, INF, -INF, 100.0001, -1e308])
+def test_weight_is_out_of_range(term_node, weight):
     assert refused(term_node, weight, 0.0, 1.0, label="style") == (
-        f"Guidance Term 'style': weight is {weight}, expected a finite number; type a number such as 1.5 or -2."
+        f"Guidance Term 'style': weight is {weight}, expected a number from -100 to 100; type one, such as 1.5."
     )
 
 
