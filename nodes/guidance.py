@@ -9,6 +9,7 @@ from typing import Any
 
 from ..gcfg.curves import CURVES, make_curve
 from ..gcfg.terms import GuidanceTerm
+from .inputs import checked
 from .sockets import TERMS
 
 _WEIGHT: dict[str, Any] = {"min": -100.0, "max": 100.0, "step": 0.05, "round": 0.001}
@@ -95,6 +96,7 @@ class GCFGGuidanceTerm:
             },
         }
 
+    @checked("Guidance Term")
     def make(
         self,
         weight: float,
