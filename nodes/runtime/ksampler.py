@@ -10,6 +10,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...gcfg.errors import GuidanceError
 from . import versions
 from .guider import GCFGGuider
 
@@ -50,8 +51,10 @@ def sample_latent(
         A copy of `latent` with new samples.
 
     Raises:
-        GuidanceError: see `GCFGGuider.sample`.
+        GuidanceError: if `denoise` is out of its range; see `GCFGGuider.sample` too.
     """
+    if not 0.0 <= denoise <= 1.0:
+        raise GuidanceError(f"{guider.node}: denoise is {denoise}, expected a number from 0 to 1; correct it.")
     model = guider.model_patcher
     image = versions.fix_empty_latent(model, latent)
     noise = (
