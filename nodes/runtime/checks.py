@@ -43,13 +43,18 @@ def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> N
 
 
 def check_latent(node: str, base: Any, latent_image: Any) -> None:
-    """Refuse a latent image whose channels are not the model's.
+    """Refuse a latent image whose channels are not the model's, and one without images or pixels.
 
     Raises:
-        GuidanceError: if they differ.
+        GuidanceError: if so.
     """
     expected = base.get_model_object("latent_format").latent_channels
     for shape in latent_shapes(latent_image):
+        if 0 in shape:
+            raise GuidanceError(
+                f"{node}: latent_image is empty (its shape is {shape}), expected at least one image of at least one "
+                f"pixel; look at the node that made the latent."
+            )
         if shape[1] != expected and len(latent_shapes(latent_image)) == 1:
             raise GuidanceError(
                 f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "

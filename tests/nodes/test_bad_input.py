@@ -114,6 +114,16 @@ def test_latent_image_of_the_wrong_channels(gcfg, prior, prompt):
     )
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 4, 0, 8)])
+def test_latent_image_without_images_or_pixels(gcfg, prior, prompt, shape):
+    mask = torch.ones(1, 8, 8)
+    terms = [GuidanceTerm(2.0, conditioning=prompt(1), mask=mask)]
+    assert refused(gcfg, prior, prompt(0), terms, {"samples": torch.zeros(shape)}) == (
+        f"GCFG KSampler: latent_image is empty (its shape is {shape}), expected at least one image of at least one "
+        f"pixel; look at the node that made the latent."
+    )
+
+
 def test_conditioning_of_the_wrong_width(gcfg, prior, prompt, latent):
     term = GuidanceTerm(2.0, conditioning=prompt(1, 2048), label="style")
     assert refused(gcfg, prior, prompt(0), [term], latent) == (
