@@ -160,8 +160,7 @@ class Graph:
         return None if not found or self.chance(missing) else self.dice.choice(found)
 
     def loaders(self):
-        names = [files.PRIOR, files.PRIOR, files.CUSTOM] if self.chance(0.9) else [files.PRIOR, files.XL]
-        for name in dict.fromkeys([files.PRIOR, self.dice.choice(names)]):
+        for name in dict.fromkeys([files.PRIOR, self.dice.choice([files.PRIOR, files.PRIOR, files.CUSTOM])]):
             node = self.add("CheckpointLoaderSimple", ckpt_name=name)
             for output, kind in enumerate(("MODEL", "CLIP", "VAE")):
                 if kind == "MODEL" or name == files.PRIOR or self.chance(0.03):  # the others hold no text encoder
