@@ -242,6 +242,12 @@ def test_nothing_at_optional_inputs_is_not_connected(classes, good, node_id):
         ("GCFGGuider", {"model": 3}, "GCFG Guider: model is 3, expected a model; connect a node that loads one."),
         (
             "GCFGNullTextPatch",
+            {"null_text": [[None, {}]]},
+            "Null-Text Patch: null_text holds no text, expected (1, tokens, width); connect a CLIP Text Encode node "
+            "with no text.",
+        ),
+        (
+            "GCFGNullTextPatch",
             {"null_text": [["x", "y"]]},
             "Null-Text Patch: null_text is of the type list, expected a prompt; connect a CLIP Text Encode node.",
         ),
