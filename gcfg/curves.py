@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .errors import GuidanceError
+from .errors import GuidanceError, short
 
 CURVES = ("constant", "linear", "cosine", "points")
+MAX_WEIGHT = 100.0  # either way
+MAX_POINTS = 100
+MAX_NUMBER = 40  # characters
 
 _BISECTIONS = 24  # a percent to within 6e-8
 
@@ -25,7 +28,7 @@ class WeightCurve:
 
     Attributes:
         kind: one of `CURVES`.
-        end_weight: the weight at the end of a linear or cosine curve, finite.
+        end_weight: the weight at the end of a linear or cosine curve, -100 to 100.
         points: (percent, weight) pairs of rising percent in 0..1, at least one where `kind` is "points".
     """
 
@@ -64,17 +67,32 @@ def make_curve(kind: str, end_weight: float, points: str, name: str) -> WeightCu
         name: the node, for errors.
 
     Raises:
-        GuidanceError: if the kind is unknown, the end weight is not finite, or the points cannot be read.
+        GuidanceError: if the kind is unknown, the end weight is outside -100..100, or the points cannot be read.
     """
     if kind not in CURVES:
-        raise GuidanceError(f"{name}: curve is '{kind}', expected one of {', '.join(CURVES)}; choose one.")
+        raise GuidanceError(f"{name}: curve is '{short(kind)}', expected one of {', '.join(CURVES)}; choose one.")
     if kind == "points":
         return WeightCurve(kind, points=parse_points(points, name))
     if kind == "constant":
         return CONSTANT
-    if not math.isfinite(end_weight):
-        raise GuidanceError(f"{name}: end_weight is {end_weight}, expected a finite number; type a number such as 0.")
+    check_weight(end_weight, f"{name}: end_weight")
     return WeightCurve(kind, end_weight)
+
+
+def check_weight(weight: float, name: str) -> None:
+    """Refuse a weight beyond what an image can bear, and one that is no number.
+
+    Args:
+        weight: of a guidance.
+        name: node and input, for the error.
+
+    Raises:
+        GuidanceError: if it is not within -100..100.
+    """
+    if not abs(weight) <= MAX_WEIGHT:
+        raise GuidanceError(
+            f"{name} is {weight}, expected a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}; type one, such as 1.5."
+        )
 
 
 def parse_points(text: str, name: str) -> tuple[tuple[float, float], ...]:
@@ -85,18 +103,22 @@ def parse_points(text: str, name: str) -> tuple[tuple[float, float], ...]:
         name: the node, for errors.
 
     Raises:
-        GuidanceError: if there is no pair, one cannot be read, or percents do not rise; names the pair.
+        GuidanceError: if there is no pair, more than `MAX_POINTS`, one cannot be read, a weight is outside -100..100,
+            or percents do not rise; names the pair.
     """
     pairs = [pair.strip() for pair in text.replace("\n", ",").split(",")]
     points: list[tuple[float, float]] = []
     for number, pair in enumerate(filter(None, pairs), start=1):
+        if number > MAX_POINTS:
+            raise GuidanceError(f"{name}: points has more than {MAX_POINTS} pairs, expected fewer; take some out.")
         percent, colon, weight = pair.partition(":")
-        point = (_percent(percent), _number(weight))
-        where = f"{name}: points: pair {number} is '{pair}'"
+        point = (_percent(percent), read_number(weight))
+        where = f"{name}: points: pair {number} is '{short(pair)}'"
         if not colon or not all(map(math.isfinite, point)):
             raise GuidanceError(f"{where}, expected percent: weight, such as 0.5: 3; correct it.")
         if not 0.0 <= point[0] <= 1.0:
             raise GuidanceError(f"{where}, expected a percent from 0 to 1 (or 0% to 100%); correct it.")
+        check_weight(point[1], f"{name}: points: the weight of pair {number}")
         if points and point[0] <= points[-1][0]:
             raise GuidanceError(f"{where}, expected a percent above {points[-1][0]:g}; sort the pairs.")
         points.append(point)
@@ -133,10 +155,13 @@ def _through(points: tuple[tuple[float, float], ...], percent: float) -> float:
 
 def _percent(text: str) -> float:
     text = text.strip()
-    return _number(text[:-1]) / 100.0 if text.endswith("%") else _number(text)
+    return read_number(text[:-1]) / 100.0 if text.endswith("%") else read_number(text)
 
 
-def _number(text: str) -> float:
+def read_number(text: str) -> float:
+    """The number that a text is; NaN where it is none, or longer than `MAX_NUMBER` characters."""
+    if len(text.strip()) > MAX_NUMBER:
+        return math.nan
     try:
         return float(text)
     except ValueError:

@@ -24,10 +24,9 @@ class Reading:
 
     Attributes:
         step: the sampling step at whose noise levels it is, from 1.
-        sigma: noise level.
+        sigma: noise level; as all that follows None where that is not a finite number, which JSON does not have.
         weights: each term's weight; 0 where it does not act.
-        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction; None where that is
-            not a number, as after a model that gave none.
+        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction.
         total: the same of the whole sum, after guidance hooks.
         cosines: cosine between the weighted deltas of each pair of terms (i < j, row by row), -1 (they fight) to 1;
             None where a term does not pull.
@@ -35,8 +34,8 @@ class Reading:
     """
 
     step: int
-    sigma: float
-    weights: tuple[float, ...]
+    sigma: float | None
+    weights: tuple[float | None, ...]
     pulls: tuple[float | None, ...]
     total: float | None
     cosines: tuple[float | None, ...]
@@ -138,6 +137,11 @@ class Recorder:
             self._add(self._pending)
             self._pending = None
 
+    def lost_at(self) -> int | None:
+        """The first step whose guidance was not a finite number; None where there was none."""
+        self.finish()
+        return next((reading.step for reading in self.report.readings if reading.total is None), None)
+
     def _add(self, pending: _Pending) -> None:
         self.report.readings.append(self._reading(pending))
         self.tell()
@@ -157,8 +161,8 @@ class Recorder:
         weights = {term.index: term.weight for term in pending.terms}
         return Reading(
             step=self._steps.at(sigma),
-            sigma=sigma,
-            weights=tuple(weights.get(index, 0.0) for index in range(count)),
+            sigma=_number(sigma),
+            weights=tuple(_number(weights.get(index, 0.0)) for index in range(count)),
             pulls=tuple(_number(pulls[place[index]]) if index in place else 0.0 for index in range(count)),
             total=_number(total),
             cosines=tuple(cosine(i, j) for i, j in pairs(count)),

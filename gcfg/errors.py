@@ -26,3 +26,9 @@ def printable(text: str) -> str:
         return character.encode("unicode_escape").decode("ascii") if escaped else character
 
     return "".join(map(shown, text))
+
+
+def short(text: str, most: int = 40) -> str:
+    """The beginning of a text of others, at most so many characters, on one line as `printable` shows it."""
+    shown = printable(text.strip()[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .errors import GuidanceError
+from .curves import MAX_WEIGHT
+from .errors import GuidanceError, short
 from .masks import fit_mask, repeated
-from .prompt_lines import MAX_WEIGHT
 
 _KINDS = {3: "audio", 4: "image", 5: "video"}  # of a latent of one stream, by its axes
 
@@ -47,14 +47,13 @@ def parse_stream_weights(text: str, name: str) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = float("nan")
-        shown = pair if len(pair) <= 40 else pair[:39] + "…"
         if not stream or not abs(weight) <= MAX_WEIGHT:
             raise GuidanceError(
-                f"{name}: stream_weights has '{shown}', expected stream: weight with a weight from {-MAX_WEIGHT:g} to "
+                f"{name}: stream_weights has '{short(pair)}', expected stream: weight with a weight from {-MAX_WEIGHT:g} to "
                 f"{MAX_WEIGHT:g}, such as video: 1, audio: 0.5; correct it."
             )
         if stream in found:
-            raise GuidanceError(f"{name}: stream_weights names '{stream}' twice, expected once; delete one.")
+            raise GuidanceError(f"{name}: stream_weights names '{short(stream)}' twice, expected once; delete one.")
         found[stream] = weight
     return found
 
@@ -86,7 +85,7 @@ def factor_of_delta(
     for stream in stream_weights:
         if not any(stream in names for names in streams):
             raise GuidanceError(
-                f"{name}: stream_weights names '{stream}', expected {' or '.join(names[0] for names in streams)}, as "
+                f"{name}: stream_weights names '{short(stream)}', expected {' or '.join(names[0] for names in streams)}, as "
                 f"the latent holds; correct it."
             )
     if len(masks) > len(shapes):

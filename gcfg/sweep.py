@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .errors import GuidanceError
-from .terms import GuidanceTerm
+from .curves import check_weight, read_number
+from .errors import GuidanceError, short
+from .terms import GuidanceTerm, label_text
 
 MAX_CELLS = 400
 
@@ -35,19 +36,19 @@ def parse_weights(text: str, name: str) -> tuple[float, ...]:
         name: node and input, for errors.
 
     Raises:
-        GuidanceError: if the list is empty, or something in it is neither a finite number nor a range.
+        GuidanceError: if the list is empty, longer than `MAX_CELLS`, or something in it is neither a number within
+            -100..100 nor a range.
     """
     weights: list[float] = []
     for part in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
-        try:
-            numbers = [float(number) for number in part.split(":")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(map(math.isfinite, numbers)) or len(numbers) not in (1, 3):
-            raise GuidanceError(
-                f"{name}: '{part}', expected a number such as 1.5, or a range such as 0:2:0.25; correct it."
-            )
-        weights += numbers if len(numbers) == 1 else _range(numbers, f"{name}: '{part}'")
+        numbers, where = [read_number(number) for number in part.split(":", 3)], f"{name}: '{short(part)}'"
+        if not all(map(math.isfinite, numbers)) or len(numbers) not in (1, 3):
+            raise GuidanceError(f"{where}, expected a number such as 1.5, or a range such as 0:2:0.25; correct it.")
+        for number in numbers[:2]:
+            check_weight(number, f"{name}: a weight of '{short(part)}'")
+        weights += numbers if len(numbers) == 1 else _range(numbers, where)
+        if len(weights) > MAX_CELLS:
+            raise GuidanceError(f"{name} has more than {MAX_CELLS} weights, expected fewer; take some out.")
     if not weights:
         raise GuidanceError(
             f"{name} is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add some."
@@ -67,7 +68,8 @@ def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
         GuidanceError: if no term or more than one has it, or its weight follows a list of points.
     """
     labels = [term.label or str(place) for place, term in enumerate(terms, start=1)]
-    found = [index for index, other in enumerate(labels) if other == label.strip()]
+    label = label_text(label)
+    found = [index for index, other in enumerate(labels) if other == label]
     if len(found) != 1:
         how_many = "no connected term has" if not found else f"{len(found)} connected terms have"
         raise GuidanceError(

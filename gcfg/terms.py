@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from .curves import CONSTANT, WeightCurve
-from .errors import GuidanceError
+from .curves import CONSTANT, WeightCurve, check_weight
+from .errors import GuidanceError, short
 from .masks import check_mask
 from .reuse import Reuse
+
+MAX_LABEL = 200  # characters; it is in every message to the editor
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +21,19 @@ class GuidanceTerm:
     """One weighted guidance delta, w (eps_i(x, c) - eps_0(x)) in Eq. 3 of Cao et al. 2023.
 
     Attributes:
-        weight: guidance weight w_i, any finite number; negative pushes away.
+        weight: guidance weight w_i, -100 to 100; negative pushes away.
         start_percent: where in the sampling the term begins to act, 0 (pure noise) to 1 (clean).
         end_percent: where it stops, at least `start_percent`; there it acts no more, but for 1, the very end.
         model: the model that predicts it, or None for the unconditional model. Opaque to this library.
         conditioning: its conditioning, or None for the unconditional one. Opaque to this library.
         mask: where the delta acts: (N, H, W) in [0, 1], or None for everywhere; kept as one mask per stream.
-        label: the user's name for it.
+        label: the user's name for it, as `label_text` shows it.
         curve: how the weight changes between start and end; constant by default.
         reuse: when its delta is carried on in place of being evaluated; None, the default: never.
         stream_weights: factors of the weight by the stream of a latent that holds several, such as video and audio.
 
     Raises:
-        GuidanceError: if the weight is not finite, a percent is outside 0..1, start is after end, or the mask is no
+        GuidanceError: if the weight is outside -100..100, a percent outside 0..1, start is after end, or the mask is no
             mask.
     """
 
@@ -48,11 +49,9 @@ class GuidanceTerm:
     stream_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "label", label_text(self.label))
         name = f"Guidance Term '{self.label}'" if self.label else "Guidance Term"
-        if not math.isfinite(self.weight):
-            raise GuidanceError(
-                f"{name}: weight is {self.weight}, expected a finite number; type a number such as 1.5 or -2."
-            )
+        check_weight(self.weight, f"{name}: weight")
         for percent in ("start_percent", "end_percent"):
             if not 0.0 <= getattr(self, percent) <= 1.0:
                 raise GuidanceError(
@@ -88,3 +87,8 @@ class GuidanceTerm:
         if percent < self.start_percent or ended:
             return 0.0
         return self.curve.at(percent, self.weight, self.start_percent, self.end_percent)
+
+
+def label_text(label: str) -> str:
+    """A label as messages, charts and logs show it: on one line, without what they trip over, not too long."""
+    return short(label, MAX_LABEL)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..gcfg.reuse import Reuse
 from ..gcfg.terms import GuidanceTerm
+from .inputs import checked
 from .sockets import TERMS
 
 MODES = ("every", "threshold")
@@ -93,6 +94,7 @@ class GCFGGuidanceCache:
             }
         }
 
+    @checked("Guidance Cache")
     def make(
         self,
         terms: tuple[GuidanceTerm, ...],

@@ -11,6 +11,7 @@ from typing import Any
 import folder_paths
 
 from ..gcfg.errors import GuidanceError
+from .inputs import checked
 from .runtime.concept import WEIGHT_DTYPES, load_concept_unet
 from .runtime.null_text import MODES, patch_null_text
 
@@ -51,6 +52,7 @@ class GCFGNullTextPatch:
             }
         }
 
+    @checked("Null-Text Patch")
     def patch(self, model: Any, null_text: Any, mode: str) -> tuple[Any]:
         """Return a patched clone of the model."""
         return (patch_null_text(model, null_text, mode),)
@@ -85,6 +87,7 @@ class GCFGLoadConceptUNet:
             }
         }
 
+    @checked("Load Concept UNet", free=["unet_name"])
     def load(self, unet_name: str, weight_dtype: str) -> tuple[Any]:
         """Load the file."""
         return (load_concept_unet(find_model(unet_name), weight_dtype, unet_name),)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..gcfg.diagnostics import GuidanceReport, pairs
-from ..gcfg.errors import GuidanceError
+from ..gcfg.errors import GuidanceError, short
 
 _PAPER, _INK = (250, 250, 248), (28, 28, 28)
 _GAP = 6
@@ -68,7 +68,7 @@ def _values(readings: Sequence[float | None]) -> numpy.ndarray:
 
 def _plain(label: str) -> str:
     """A label that matplotlib prints as it is: no formula, not hidden for its underscore, not wider than the plot."""
-    label = label if len(label) <= _LABEL else label[: _LABEL - 1] + "…"
+    label = short(label, _LABEL)
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..gcfg.curves import CURVES, make_curve
 from ..gcfg.streams import parse_stream_weights
 from ..gcfg.terms import GuidanceTerm
+from .inputs import checked
 from .sockets import TERMS
 
 _WEIGHT: dict[str, Any] = {"min": -100.0, "max": 100.0, "step": 0.05, "round": 0.001}
@@ -105,6 +106,7 @@ class GCFGGuidanceTerm:
             },
         }
 
+    @checked("Guidance Term")
     def make(
         self,
         weight: float,

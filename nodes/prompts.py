@@ -10,6 +10,7 @@ from typing import Any
 from ..gcfg.errors import GuidanceError
 from ..gcfg.prompt_lines import EXPECTED, read_prompt_lines
 from ..gcfg.terms import GuidanceTerm
+from .inputs import checked
 from .runtime.text import encode_prompt
 from .sockets import TERMS
 
@@ -58,13 +59,14 @@ class GCFGDecoupledPrompt:
     @classmethod
     def VALIDATE_INPUTS(cls, text: str | None) -> bool | str:
         """Refuse a text with a bad line before anything runs; one that another node makes is not known yet."""
-        if text is None:
+        if not isinstance(text, str):
             return True
         lines, problems = read_prompt_lines(text)
         if problems:
             return "; ".join(map(str, problems))
         return True if lines else f"no line, {EXPECTED}."
 
+    @checked("Decoupled Prompt")
     def make(
         self, clip: Any, text: str, model: Any = None, terms: tuple[GuidanceTerm, ...] = ()
     ) -> tuple[tuple[GuidanceTerm, ...]]:

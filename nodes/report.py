@@ -7,6 +7,7 @@ from typing import Any
 from ..gcfg.diagnostics import GuidanceReport
 from ..gcfg.errors import GuidanceError
 from .figures import report_figure
+from .inputs import checked
 from .sockets import REPORT
 
 
@@ -39,6 +40,7 @@ class GCFGGuidanceReport:
             },
         }
 
+    @checked("Guidance Report")
     def make(self, report: GuidanceReport, latent: Any = None) -> tuple[Any, str, str]:
         """Draw and write the report."""
         if not report.readings:

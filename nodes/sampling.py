@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .inputs import checked
 from .runtime.guider import GCFGGuider as Guider
 from .runtime.ksampler import SAMPLERS, SCHEDULERS, sample_latent
 from .runtime.live import Watch, reads_output
@@ -49,6 +50,7 @@ class GCFGGuider:
         required = {"model": _MODEL, "unconditional": _UNCONDITIONAL}
         return {"required": required, "optional": optional_terms(), "hidden": _HIDDEN}
 
+    @checked("GCFG Guider")
     def make(
         self, model: Any, unconditional: Any, unique_id: str | None = None, prompt: Any = None, **sockets: Any
     ) -> tuple[Any, Any]:
@@ -90,6 +92,7 @@ class GCFGKSampler:
             "hidden": _HIDDEN,
         }
 
+    @checked("GCFG KSampler")
     def sample(
         self,
         model: Any,
@@ -159,6 +162,7 @@ class GCFGKSamplerAdvanced:
             "hidden": _HIDDEN,
         }
 
+    @checked("GCFG KSampler (Advanced)")
     def sample(
         self,
         model: Any,

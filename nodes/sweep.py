@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..gcfg.errors import GuidanceError
+from ..gcfg.errors import GuidanceError, short
 from ..gcfg.sweep import SweptTerm, cell_terms, find_term, parse_weights
 from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
+from .inputs import checked
 from .runtime.ksampler import sample_latent
 from .runtime.latents import first_stream
 from .runtime.sweep import SweepGuider
@@ -68,6 +69,7 @@ class GCFGWeightSweep:
             "optional": optional_terms(),
         }
 
+    @checked(_NODE)
     def sweep(
         self,
         model: Any,
@@ -88,10 +90,6 @@ class GCFGWeightSweep:
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Sample all cells, decode them and lay them out."""
         terms = gather_terms(sockets)
-        if vae is None:  # now, not after all cells were sampled
-            raise GuidanceError(
-                f"{_NODE}: vae is empty, expected a VAE; the checkpoint holds none, so connect a Load VAE node."
-            )
         swept = _swept_terms(terms, (label_1, weights_1), (label_2, weights_2))
         guider = SweepGuider(model, unconditional, cell_terms(terms, swept), _NODE, cells_at_once)
         latent = sample_latent(
@@ -121,7 +119,7 @@ def _swept_terms(terms: tuple[GuidanceTerm, ...], *lists: tuple[str, str]) -> li
     for number, (label, weights) in enumerate(lists, start=1):
         if number == 1 or label.strip():
             index = find_term(terms, label, f"{_NODE}: label_{number}")
-            swept.append(SweptTerm(index, label.strip(), parse_weights(weights, f"{_NODE}: weights_{number}")))
+            swept.append(SweptTerm(index, short(label), parse_weights(weights, f"{_NODE}: weights_{number}")))
     if len(swept) > 1 and swept[0].index == swept[1].index:
         raise GuidanceError(
             f"{_NODE}: label_1 and label_2 are both '{swept[0].label}', expected two terms; change one."

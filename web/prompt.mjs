@@ -7,11 +7,13 @@ export function attachCheck(node, api) {
   const element = document.createElement("div");
   element.style.cssText = "font: 10px/1.35 sans-serif; overflow: auto; white-space: pre-wrap; padding: 0 4px;";
   const update = later(async () => {
-    const { lines, problems } = await ask(api, "/gcfg/prompt", { text: String(widgetValues(node).text ?? "") });
+    const { lines = [], problems = [], error } = await ask(api, "/gcfg/prompt", {
+      text: String(widgetValues(node).text ?? ""),
+    });
     const good = say(lines.length === 1 ? "{0} guidance" : "{0} guidances", lines.length);
     const bad = problems.map((problem) => `${say("line {0}", problem.line)}: ${problem.message}`).join("\n");
-    element.textContent = bad || good;
-    element.style.color = problems.length ? "#e06060" : "var(--descrip-text, #999)";
+    element.textContent = error || bad || good;
+    element.style.color = error || bad ? "#e06060" : "var(--descrip-text, #999)";
   }, 200);
   const text = node.widgets?.find((widget) => widget.name === "text");
   const input = text?.inputEl ?? text?.element;

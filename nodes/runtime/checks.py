@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_sampling
 import comfy.samplers
 
+from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
 from . import placing
@@ -84,6 +85,38 @@ def wrong_width(node: str, error: BaseException, unconditional: Any, plan: Guida
         if any(tensor is not None and tensor.shape[-1] == int(said["got"]) for tensor, _ in conditioning or ()):
             return _width_error(name, said["got"], said["expected"])
     return None
+
+
+def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recorder | None = None) -> bool:
+    """Say that a latent holds NaN or infinity, which would only show as a black image.
+
+    Args:
+        node: the node's name.
+        latent: the latent image that comes in, or the samples after a run.
+        after: whether it is the samples.
+        recorder: of the run, which may know the step; None: not known.
+
+    Returns:
+        Whether it was said.
+    """
+    parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
+    if all(bool(part.isfinite().all()) for part in parts):
+        return False
+    if after:
+        step = None if recorder is None else recorder.lost_at()
+        logging.warning(
+            "%s: the samples hold NaN or infinity%s, expected finite numbers, so the image is lost; lower the weights, "
+            "or load the models in a wider precision.",
+            node,
+            "" if step is None else f" (the guidance from step {step} on)",
+        )
+    else:
+        logging.warning(
+            "%s: latent_image holds NaN or infinity, expected finite numbers, so the image will be lost; look at the "
+            "node that made the latent.",
+            node,
+        )
+    return True
 
 
 def check_base_covers(node: str, conds: Sequence[dict], sigma: float) -> None:

@@ -41,6 +41,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     """
 
     run: Run  # while one is on
+    quiet = False  # whether others look at its latents
     original_conds: dict[str, list[dict]]
 
     def __init__(
@@ -86,11 +87,15 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         if sigmas.shape[-1] == 0:
             return latent_image
         checks.check_latent(self.node, self.model_patcher, latent_image)
+        told = self.quiet or checks.warn_not_finite(self.node, latent_image)
         recorder = None
         try:
             self.run = self._begun(sigmas.tolist(), self.plan.fitted(latents.latent_shapes(latent_image)))
             recorder = self.run.recorder
-            return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            samples = super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            if not told:
+                checks.warn_not_finite(self.node, samples, True, recorder)
+            return samples
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))

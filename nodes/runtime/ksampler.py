@@ -9,6 +9,7 @@ import comfy.samplers
 import latent_preview
 from torch import Tensor
 
+from ...gcfg.errors import GuidanceError
 from . import latents, versions
 from .guider import GCFGGuider
 
@@ -49,8 +50,10 @@ def sample_latent(
         A copy of `latent` with new samples.
 
     Raises:
-        GuidanceError: see `GCFGGuider.sample`.
+        GuidanceError: if `denoise` is out of its range; see `GCFGGuider.sample` too.
     """
+    if not 0.0 <= denoise <= 1.0:
+        raise GuidanceError(f"{guider.node}: denoise is {denoise}, expected a number from 0 to 1; correct it.")
     model = guider.model_patcher
     image = latents.fix_empty_latent(model, latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index")) if add_noise else latents.no_noise(image)

@@ -249,10 +249,10 @@ def _single_prompt(null_text: Any) -> tuple[torch.Tensor, dict[str, Any]]:
             "connect a CLIP Text Encode node with no text."
         )
     embedding, options = null_text[0]
-    if embedding.ndim != 3:
+    if embedding is None or embedding.ndim != 3:
+        found = "holds no text" if embedding is None else f"has the shape {tuple(embedding.shape)}"
         raise GuidanceError(
-            f"{NODE}: null_text has the shape {tuple(embedding.shape)}, expected (1, tokens, width); "
-            "connect a CLIP Text Encode node with no text."
+            f"{NODE}: null_text {found}, expected (1, tokens, width); connect a CLIP Text Encode node with no text."
         )
     return embedding, options
 

@@ -68,5 +68,6 @@ class Readings:
                 shown[keys[term.index]] = centre + (prediction - centre) / term.weight
         outputs = [shown[keys[term.index]] for term in step.acting]
         # In a pair the name of the unconditional is its negative term's.
-        base = centre if step.centre == BASE and BASE not in keys else None
+        named = [keys[term.index] for term in step.acting]
+        base = centre if step.centre == BASE and BASE not in named else None
         self._recorder.record(x, sigma, base, outputs, step.acting, denoised)

@@ -76,6 +76,7 @@ class SweepGuider(GCFGGuider):
         device = noise.device
         random = RandomState.take(self.model_patcher.load_device)
         each = len(sigmas) - 1
+        lost = checks.warn_not_finite(self.node, latent_image)
         for number, weights in enumerate(self.cells):
 
             def told(i: int, denoised: Any, x: Any, steps: int, number: int = number) -> None:
@@ -84,9 +85,13 @@ class SweepGuider(GCFGGuider):
 
             terms = [replace(scheduled.term, weight=w) for scheduled, w in zip(self.plan.terms, weights, strict=True)]
             cell = GCFGGuider(self.model_patcher, self.unconditional, terms, self.node)
+            cell.quiet = True
             random.restore()
             results.append(cell.sample(noise, latent_image, sampler, sigmas, *args, callback=told, **kwargs).to(device))
-        return latents.joined(results)
+        samples = latents.joined(results)
+        if not lost:
+            checks.warn_not_finite(self.node, samples, True)
+        return samples
 
     def _call_shape(self, noise: Tensor) -> Sequence[int]:
         return (min(self.at_once, len(self.cells)) * noise.shape[0], *noise.shape[1:])

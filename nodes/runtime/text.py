@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...gcfg.errors import GuidanceError
-
 
 def encode_prompt(clip: Any, text: str) -> Any:
-    """A CONDITIONING of the text, as CLIP Text Encode makes it.
-
-    Raises:
-        GuidanceError: if there is no CLIP (a checkpoint without a text encoder).
-    """
-    if clip is None:
-        raise GuidanceError(
-            "Decoupled Prompt: clip is empty, expected a text encoder; the checkpoint holds none, so connect a Load "
-            "CLIP node."
-        )
+    """A CONDITIONING of the text, as CLIP Text Encode makes it."""
     tokens = clip.tokenize(text)
     if hasattr(clip, "encode_from_tokens_scheduled"):  # carries the hooks of newer versions
         return clip.encode_from_tokens_scheduled(tokens)

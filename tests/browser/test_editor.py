@@ -238,6 +238,32 @@ def test_chart_is_drawn_live_and_after_a_cached_run(editor, root):
     editor.wait_for(f"() => ({CHARTS})()[0] === 3")
 
 
+def test_a_chart_of_values_that_are_no_numbers(editor, add):
+    """A run that was lost gives null for them."""
+    add("GCFGKSampler", 300, 200)
+    lost = {"step": 2, "sigma": None, "weights": [None, 1], "pulls": [None, None], "total": None}
+    good = {"step": 1, "sigma": 14.6, "weights": [2, 1], "pulls": [0.5, 0.25], "total": 0.7, "cosines": [0.1]}
+    readings = [{**good, "centre": ""}, {**lost, "cosines": [None], "centre": ""}]
+    told = editor.evaluate(
+        """(readings) => {
+            const chart = window.app.graph._nodes[0].gcfgChart;
+            chart.show({ labels: ["a", "b"], steps: 2, readings });
+            chart.drawing.now();
+            chart.at = 1;
+            chart.tell();
+            chart.drawing.now();
+            return chart.readout.textContent;
+        }""",
+        readings,
+    )
+    assert told.split("\n") == [
+        "step 2 of 2, sigma not a number",
+        "a: weight not a number, pull not a number",
+        "b: weight 1, pull not a number",
+        "sum: not a number",
+    ]
+
+
 def test_a_sampler_in_a_subgraph_has_its_sockets_and_chart(editor, root):
     editor.drop(root / "workflows" / "text-guided-concept.json")
     shrink(editor, seed=3)
@@ -309,6 +335,8 @@ def test_a_bad_line_is_named_while_it_is_typed_and_refused(editor, root, server)
         editor.page.keyboard.press("Backspace")
     editor.page.keyboard.type("1 | good")
     editor.wait_for(f"() => ({told})() === '4 guidances'")
+    set_widgets(editor, "GCFGDecoupledPrompt", text="1 | " + "a" * 300_000)
+    editor.wait_for(f"() => ({told})().includes('expected a JSON object of at most 262144 bytes.')")
 
 
 def test_a_sweep_gives_one_sheet(editor, root):

@@ -122,6 +122,26 @@ def test_points_are_read():
         ("0: 1, : 3", "points: pair 2 is ': 3', expected percent: weight, such as 0.5: 3; correct it."),
         ("0: 1, 0.5: x", "points: pair 2 is '0.5: x', expected percent: weight, such as 0.5: 3; correct it."),
         ("0: nan", "points: pair 1 is '0: nan', expected percent: weight, such as 0.5: 3; correct it."),
+        (
+            "0: 1, 1: 1e308",
+            "points: the weight of pair 2 is 1e+308, expected a number from -100 to 100; type one, such as 1.5.",
+        ),
+        (
+            "0: -100.1",
+            "points: the weight of pair 1 is -100.1, expected a number from -100 to 100; type one, such as 1.5.",
+        ),
+        (
+            ",".join(f"{n / 200}: 1" for n in range(101)),
+            "points has more than 100 pairs, expected fewer; take some out.",
+        ),
+        (
+            "0: 0." + "1" * 5000,
+            f"points: pair 1 is '0: 0.{'1' * 34}…', expected percent: weight, such as 0.5: 3; correct it.",
+        ),
+        (
+            "0: 1\ud83d\x1b",
+            r"points: pair 1 is '0: 1\ud83d\x1b', expected percent: weight, such as 0.5: 3; correct it.",
+        ),
         ("0: 1: 2", "points: pair 1 is '0: 1: 2', expected percent: weight, such as 0.5: 3; correct it."),
         ("inf: 2", "points: pair 1 is 'inf: 2', expected percent: weight, such as 0.5: 3; correct it."),
         ("0: 1, 50: 3", "points: pair 2 is '50: 3', expected a percent from 0 to 1 (or 0% to 100%); correct it."),
@@ -145,7 +165,7 @@ def test_any_points_are_read_or_refused(text):
         return
     percents = [percent for percent, _ in points]
     assert percents == sorted(set(percents))
-    assert all(0.0 <= percent <= 1.0 and math.isfinite(weight) for percent, weight in points)
+    assert all(0.0 <= percent <= 1.0 and abs(weight) <= 100.0 for percent, weight in points)
 
 
 def test_curve_of_the_widgets():
@@ -158,8 +178,17 @@ def test_curve_of_the_widgets():
     ("kind", "end", "message"),
     [
         ("spline", 0.0, "Guidance Term: curve is 'spline', expected one of constant, linear, cosine, points; choose "),
-        ("linear", NAN, "Guidance Term: end_weight is nan, expected a finite number; type a number such as 0."),
-        ("cosine", -INF, "Guidance Term: end_weight is -inf, expected a finite number; type a number such as 0."),
+        ("linear", NAN, "Guidance Term: end_weight is nan, expected a number from -100 to 100; type one, such as 1.5."),
+        (
+            "cosine",
+            -INF,
+            "Guidance Term: end_weight is -inf, expected a number from -100 to 100; type one, such as 1.5.",
+        ),
+        (
+            "linear",
+            100.5,
+            "Guidance Term: end_weight is 100.5, expected a number from -100 to 100; type one, such as 1.5.",
+        ),
     ],
 )
 def test_curve_that_cannot_be_made(kind, end, message):

@@ -1,5 +1,6 @@
 """Decoupled prompts as text: what is read, that it round-trips, and what is said about a slip."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -101,11 +102,65 @@ def test_the_message_for_the_editor_is_that_of_the_parser():
     assert EXPECTED == BEGIN
 
 
+def seconds_of(text):
+    begin = time.perf_counter()
+    read_prompt_lines(text)
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 @" + "1" * 800 + "-" + "1" * 800 + "x | a",
+        "1" * 20_000 + "x | a",
+        "1 @0" + " " * 20_000 + "x | a",
+        " " * 20_000 + "x | a",
+        "1 @" + " " * 20_000 + "| a",
+        "|" * 20_000,
+    ],
+)
+def test_a_line_made_to_take_long(line):
+    """Each of them took seconds, up to 39, with patterns of quadratic time or worse; now less than a millisecond."""
+    assert seconds_of(line) < 0.5
+
+
+@pytest.mark.parametrize("head", ["1" * 99 + "x", "1 @" + "1" * 46 + "-" + "1" * 46 + "%x"])
+def test_a_pattern_gives_up_at_once(head):
+    """Below the cap nothing else keeps a pattern from trying a line in many ways: 100 times 10 lines."""
+    assert seconds_of("\n".join([f"{head} | a"] * 99)) < 0.5
+
+
+def test_a_long_head_is_refused():
+    (problem,) = read_prompt_lines("9" * 101 + " | a")[1]
+    assert problem.message == f"{BEGIN}, at most 100 characters before |; found '{'9' * 39}…'."
+    assert read_prompt_lines(" " * 999 + "0" * 99 + "9 | a") == ([PromptLine(1, 9.0, "a")], [])
+
+
+def test_too_many_lines_are_one_problem():
+    text = "# remark\n\n" + "1 | a\n" * 99 + "x\n"
+    lines, problems = read_prompt_lines(text)
+    assert (len(lines), [problem.number for problem in problems]) == (99, [102])
+    lines, problems = read_prompt_lines(text + "1 | b\n" * 50_000)
+    assert (len(lines), [problem.number for problem in problems]) == (99, [102, 103])
+    assert problems[1].message == "expected at most 100 lines; take this and the rest out."
+
+
+def test_what_a_terminal_or_json_trips_over_is_escaped():
+    lines, problems = read_prompt_lines("a\ud83d\x1b[2J | b\n1 | c\ud83d")
+    assert lines == []
+    assert [problem.message for problem in problems] == [
+        rf"{BEGIN}; found 'a\ud83d\x1b[2J | b'.",
+        r"expected whole characters; found \ud83d, half of one; delete it.",
+    ]
+
+
 @settings(deadline=None)
 @given(LINES)
 @example(PromptLine(1, 7.5, "a", 0.07, 0.29))
 @example(PromptLine(1, 5e-324, "a", 5e-324, 1.0))
 @example(PromptLine(1, -0.0, "a", 0.1 + 0.2, 1 - 2**-53))
+@example(PromptLine(1, -2.2250738585072014e-308, "a", 2.2250738585072014e-308, 1.2345678901234567e-9))
+@example(PromptLine(1, 1.0, "a", 1.2345678901234567e-10, 9.999999999999999e-10))
 def test_a_line_read_again_is_the_same(line):
     assert read_prompt_lines(str(line)) == ([line], [])
 

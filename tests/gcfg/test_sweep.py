@@ -62,10 +62,24 @@ def test_a_step_that_does_not_lead_to_the_end(part):
     )
 
 
-@pytest.mark.parametrize("part", ["0:1:1e-12", "-1e308:1e308:1", "0:401:1"])
+@pytest.mark.parametrize("part", ["0:1:1e-12", "-100:100:1e-320", "0:40.1:0.1"])
 def test_a_range_of_too_many_weights(part):
     assert refused(parse_weights, part, NAME) == (
         f"Weight Sweep: weights_1: '{part}' is more than 400 weights, expected fewer; take a larger step."
+    )
+
+
+def test_a_list_of_too_many_weights():
+    assert refused(parse_weights, "1," * 401, NAME) == (
+        "Weight Sweep: weights_1 has more than 400 weights, expected fewer; take some out."
+    )
+
+
+@pytest.mark.parametrize(("part", "found"), [("100.5", 100.5), ("-1e308", -1e308), ("0:1e39:1e38", 1e39)])
+def test_weights_out_of_range(part, found):
+    assert refused(parse_weights, f"1, {part}", NAME) == (
+        f"Weight Sweep: weights_1: a weight of '{part}' is {found}, expected a number from -100 to 100; type "
+        "one, such as 1.5."
     )
 
 

@@ -48,10 +48,10 @@ def test_no_term(prior, prompt, latent, node):
     )
 
 
-@pytest.mark.parametrize("weight", [NAN, INF, -INF])
-def test_weight_is_not_finite(term_node, weight):
+@pytest.mark.parametrize("weight", [NAN, INF, -INF, 100.0001, -1e308])
+def test_weight_is_out_of_range(term_node, weight):
     assert refused(term_node, weight, 0.0, 1.0, label="style") == (
-        f"Guidance Term 'style': weight is {weight}, expected a finite number; type a number such as 1.5 or -2."
+        f"Guidance Term 'style': weight is {weight}, expected a number from -100 to 100; type one, such as 1.5."
     )
 
 
@@ -117,6 +117,16 @@ def test_latent_image_of_the_wrong_channels(gcfg, prior, prompt):
     assert refused(gcfg, prior, prompt(0), [GuidanceTerm(2.0, conditioning=prompt(1))], image) == (
         "GCFG KSampler: latent_image has 16 channels, expected 4 as the unconditional model works with; encode the "
         "image with the VAE of this model."
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 4, 0, 8)])
+def test_latent_image_without_images_or_pixels(gcfg, prior, prompt, shape):
+    mask = torch.ones(1, 8, 8)
+    terms = [GuidanceTerm(2.0, conditioning=prompt(1), mask=mask)]
+    assert refused(gcfg, prior, prompt(0), terms, {"samples": torch.zeros(shape)}) == (
+        f"GCFG KSampler: latent_image is empty (its shape is {shape}), expected at least one image of at least one "
+        f"pixel; look at the node that made the latent."
     )
 
 

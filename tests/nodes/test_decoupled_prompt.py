@@ -1,5 +1,6 @@
 """Decoupled Prompt: the terms that CLIP Text Encode and Guidance Term would make of each line."""
 
+import json
 import sys
 
 import pytest
@@ -143,8 +144,8 @@ def test_without_a_text_encoder(node):
     with pytest.raises(GuidanceError) as error:
         node.make(None, "7.5 | sunflower")
     assert str(error.value) == (
-        "Decoupled Prompt: clip is empty, expected a text encoder; the checkpoint holds none, so connect a Load CLIP "
-        "node."
+        "Decoupled Prompt: clip is empty, expected a text encoder; connect a Load CLIP node where the checkpoint "
+        "holds none."
     )
 
 
@@ -167,9 +168,8 @@ def test_the_editor_gets_the_parsers_words(routes, node):
     assert type(node).VALIDATE_INPUTS(text) == f"line 3: {BEGIN}; found 'x | y'."
 
 
-@pytest.mark.parametrize("body", [{}, {"text": None}, {"text": 3}, {"text": ["x"]}])
-def test_the_editor_may_send_anything(routes, body):
-    assert set(routes.check_prompt(body)) == {"lines", "problems"}
+def test_no_text_is_no_line(routes):
+    assert routes.check_prompt({}) == {"lines": [], "problems": []}
 
 
 def widgets(**changes):
@@ -203,17 +203,8 @@ def test_the_curve_preview_is_what_is_used(routes):
             "them.",
         ),
         (
-            {"weight": "nan"},
-            "Guidance Term: weight is nan, expected a finite number; type a number such as 1.5 or -2.",
-        ),
-        (
-            {"end_weight": "x"},
-            "weight curve: expected numbers (ValueError: could not convert string to float: 'x').",
-        ),
-        (
-            {"weight": None},
-            "weight curve: expected numbers (TypeError: float() argument must be a string or a real number, not "
-            "'NoneType').",
+            {"weight": 1e308},
+            "Guidance Term: weight is 1e+308, expected a number from -100 to 100; type one, such as 1.5.",
         ),
     ],
 )
@@ -221,5 +212,52 @@ def test_the_curve_preview_of_bad_widgets(routes, changes, error):
     assert routes.weight_curve(widgets(**changes)) == {"error": error}
 
 
-def test_the_curve_preview_misses_a_widget(routes):
-    assert routes.weight_curve({}) == {"error": "weight curve: expected numbers (KeyError: 'weight')."}
+CURVE = json.dumps(widgets())
+NOTHING = "expected a JSON object of at most 262144 bytes."
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "message"),
+    [
+        ("prompt", b"", NOTHING),
+        ("prompt", b"{", NOTHING),
+        ("prompt", b"[]", NOTHING),
+        ("prompt", b"null", NOTHING),
+        ("prompt", b'{"text": "\xff"}', NOTHING),
+        ("prompt", b"[" * 100_000, NOTHING),
+        ("prompt", b'{"text":' * 30_000, NOTHING),
+        ("prompt", b'{"text": null}', "text is empty, expected text."),
+        ("prompt", b'{"text": 3}', "text is a number, expected text."),
+        ("prompt", b'{"text": ["x"]}', "text is a list, expected text."),
+        ("curve", b"{}", "weight is empty, expected a number."),
+        ("curve", CURVE.replace('"weight": 8', '"weight": NaN').encode(), NOTHING),
+        (
+            "curve",
+            CURVE.replace('"weight": 8', '"weight": true').encode(),
+            "weight is true or false, expected a number.",
+        ),
+        ("curve", CURVE.replace('"weight": 8', '"weight": {}').encode(), "weight is an object, expected a number."),
+        ("curve", CURVE.replace('"weight": 8', '"weight": "8"').encode(), "weight is text, expected a number."),
+        ("curve", CURVE.replace('"points": ""', '"points": []').encode(), "points is a list, expected text."),
+    ],
+)
+def test_a_question_that_is_none_is_a_sentence(routes, path, data, message):
+    answer = {"prompt": routes.check_prompt, "curve": routes.weight_curve}[path]
+    assert routes.answered(f"/gcfg/{path}", answer, data) == ({"error": f"/gcfg/{path}: {message}"}, 400)
+
+
+def test_a_long_integer_is_read_in_no_time(routes):
+    """Python reads the digits of an integer in quadratic time, or not at all."""
+    data = CURVE.replace('"weight": 8', '"weight": ' + "9" * 200_000).encode()
+    assert routes.answered("/gcfg/curve", routes.weight_curve, data) == (
+        {"error": "Guidance Term: weight is inf, expected a number from -100 to 100; type one, such as 1.5."},
+        200,
+    )
+
+
+def test_half_a_character_is_named_and_never_sent(routes, node):
+    text = "7 | a\ud83d"
+    found, status = routes.answered("/gcfg/prompt", routes.check_prompt, json.dumps({"text": text}).encode())
+    problem = r"expected whole characters; found \ud83d, half of one; delete it."
+    assert (found, status) == ({"lines": [], "problems": [{"line": 1, "message": problem}]}, 200)
+    assert type(node).VALIDATE_INPUTS(text) == f"line 1: {problem}"

@@ -417,3 +417,13 @@ def test_without_matplotlib(make, monkeypatch):
         "Guidance Report: matplotlib is not installed, expected it for the plot; run pip install matplotlib in "
         "ComfyUI's Python environment."
     )
+
+
+def test_a_term_with_the_unconditionals_prompt_that_acts_at_some_steps_only(sample, exact, prompt, latent):
+    """Its prediction is the centre's; where nothing acts the centre is read as it is."""
+    base, _ = exact
+    unconditional = prompt(0)
+    term = GuidanceTerm(3.0, 0.4, 0.6, conditioning=unconditional, label="none")
+    _, report, _ = sample(base, unconditional, [term], latent)
+    assert [reading.total for reading in report.readings] == [0.0] * STEPS
+    assert [reading.centre for reading in report.readings if not reading.weights[0]] == [""] * (STEPS - 1)

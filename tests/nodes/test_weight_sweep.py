@@ -395,7 +395,7 @@ def refused(call, *args, **kwargs):
         ),
         (
             {"label_1": " "},
-            "Weight Sweep: label_1 is ' ', and no connected term has that label, expected exactly one of 'a', 'b'; "
+            "Weight Sweep: label_1 is '', and no connected term has that label, expected exactly one of 'a', 'b'; "
             "correct it.",
         ),
         (
@@ -440,7 +440,7 @@ def test_bad_terms(sweep, base, terms, prompt, latent):
 
 def test_without_a_vae_nothing_is_sampled(sweep, base, terms, prompt, latent, calls):
     assert refused(sweep, base, prompt(0), terms, latent, vae=None) == (
-        "Weight Sweep: vae is empty, expected a VAE; the checkpoint holds none, so connect a Load VAE node."
+        "Weight Sweep: vae is empty, expected a VAE; connect a Load VAE node where the checkpoint holds none."
     )
     assert calls == []
 
