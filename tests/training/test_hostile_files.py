@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError, printable
 from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.concept import null_text_features
@@ -14,6 +15,8 @@ from comfyui_gcfg.training.prior.learned_token import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import load_text_models
 from comfyui_gcfg.training.prior.vae import load_vae
+from diffusers import ControlNetModel
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 FIELDS = ["file", "form", "naming", "prefix", "blocks", "context_dim", "parameters", "bytes", "values", "metadata"]
@@ -88,3 +91,36 @@ def test_what_the_trainer_reads(hostile_files, tiny_unet, reader):
         except Exception as error:
             faults[name] = f"{type(error).__name__}: {error}"[:1000]
     assert faults == {}
+
+
+ODD = [(), (3,), (2, 2, 2), (5, 5), (0,)]
+
+
+def refused(read, path, weights, key, shape):
+    save_file({**weights, key: torch.zeros(shape)}, path)
+    with pytest.raises(GuidanceError) as error:
+        read(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("shape", ODD)
+@pytest.mark.parametrize("key", ["embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight"])
+def test_a_text_encoder_whose_tensors_do_not_fit(tiny_clip, tmp_path, key, shape):
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": value for name, value in tiny_clip.state_dict().items()
+    }
+    message = refused(READERS["CLIP"], tmp_path / "clip.safetensors", weights, f"text_model.{key}", shape)
+    assert message.startswith("model.text_encoder 'x' has a text encoder whose tensors do not fit each other (")
+
+
+@pytest.mark.parametrize("shape", ODD)
+@pytest.mark.parametrize(
+    "key", ["controlnet_cond_embedding.conv_in.weight", "controlnet_cond_embedding.blocks.1.weight"]
+)
+def test_a_controlnet_whose_tensors_do_not_fit(tiny_unet, tmp_path, key, shape):
+    weights = ControlNetModel.from_unet(tiny_unet).state_dict()
+
+    def read(path):
+        return load_controlnet(path, tiny_unet.config, "prior.controlnet 'x'")
+
+    assert refused(read, tmp_path / "control.safetensors", weights, key, shape).startswith("prior.controlnet 'x' ")
