@@ -49,8 +49,8 @@ def parse_stream_weights(text: str, name: str) -> dict[str, float]:
             weight = float("nan")
         if not stream or not abs(weight) <= MAX_WEIGHT:
             raise GuidanceError(
-                f"{name}: stream_weights has '{short(pair)}', expected stream: weight with a weight from {-MAX_WEIGHT:g} to "
-                f"{MAX_WEIGHT:g}, such as video: 1, audio: 0.5; correct it."
+                f"{name}: stream_weights has '{short(pair)}', expected stream: weight with a weight from "
+                f"{-MAX_WEIGHT:g} to {MAX_WEIGHT:g}, such as video: 1, audio: 0.5; correct it."
             )
         if stream in found:
             raise GuidanceError(f"{name}: stream_weights names '{short(stream)}' twice, expected once; delete one.")
@@ -84,9 +84,9 @@ def factor_of_delta(
     streams = stream_names(shapes)
     for stream in stream_weights:
         if not any(stream in names for names in streams):
+            known = " or ".join(names[0] for names in streams)
             raise GuidanceError(
-                f"{name}: stream_weights names '{short(stream)}', expected {' or '.join(names[0] for names in streams)}, as "
-                f"the latent holds; correct it."
+                f"{name}: stream_weights names '{short(stream)}', expected {known}, as the latent holds; correct it."
             )
     if len(masks) > len(shapes):
         raise GuidanceError(

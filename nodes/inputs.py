@@ -53,7 +53,7 @@ _KINDS = {
         "a latent image",
         "connect an Empty Latent Image or a VAE Encode node",
     ),
-    "MASK": _Kind(lambda v: isinstance(v, Tensor), "a mask", "connect a MASK output"),
+    "MASK": _Kind(lambda v: isinstance(v, Tensor) or hasattr(v, "is_nested"), "a mask", "connect a MASK output"),
     "GCFG_TERMS": _Kind(
         lambda v: isinstance(v, list | tuple) and all(isinstance(term, GuidanceTerm) for term in v),
         "guidance terms",

@@ -244,7 +244,9 @@ def _check_conditioning(name: str, conditioning: Any, model: Any) -> None:
     if not isinstance(expected, int):
         return
     for tensor, _ in conditioning:
-        if tensor is not None and tensor.shape[-1] != expected:
+        if tensor is None:
+            raise GuidanceError(f"{name} holds no text, which this model reads; connect a CLIP Text Encode node.")
+        if tensor.shape[-1] != expected:
             raise _width_error(name, tensor.shape[-1], expected)
 
 

@@ -130,6 +130,13 @@ def test_latent_image_without_images_or_pixels(gcfg, prior, prompt, shape):
     )
 
 
+def test_conditioning_without_text(gcfg, prior, prompt, latent):
+    term = GuidanceTerm(2.0, conditioning=[[None, {}]], label="style")
+    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+        "Guidance Term 'style': conditioning holds no text, which this model reads; connect a CLIP Text Encode node."
+    )
+
+
 def test_conditioning_of_the_wrong_width(gcfg, prior, prompt, latent):
     term = GuidanceTerm(2.0, conditioning=prompt(1, 2048), label="style")
     assert refused(gcfg, prior, prompt(0), [term], latent) == (
