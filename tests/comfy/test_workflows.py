@@ -85,7 +85,7 @@ def test_keeps_its_own_widget_values(client, load_workflow, name):
         if node["type"] == "GCFGGuidanceTerm":
             names = ("weight", "start_percent", "end_percent", "label", "curve", "end_weight", "points")
             inputs = prompt[str(node["id"])]["inputs"]
-            assert [inputs[name] for name in names] == node["widgets_values"]
+            assert [inputs[name] for name in (*names, "stream_weights")] == node["widgets_values"]
             assert inputs["label"]
         if node["type"] == "GCFGKSampler":
             seed, _, steps, sampler, scheduler, denoise = node["widgets_values"]
