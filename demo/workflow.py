@@ -44,10 +44,9 @@ def choices(spec: list[Any]) -> list[Any] | None:
     """Return what a drop-down offers, or None if the input is not one."""
     if isinstance(spec[0], list):
         return spec[0]
-    offered = _options(spec).get("options")
     if spec[0] == DYNAMIC_COMBO:
-        return [option["key"] for option in offered]
-    return offered if spec[0] == "COMBO" else None
+        return [option["key"] for option in _options(spec)["options"]]
+    return _options(spec).get("options") if spec[0] == "COMBO" else None
 
 
 def is_widget(spec: list[Any]) -> bool:
@@ -89,7 +88,8 @@ def _widgets_of_choice(name: str, spec: list[Any], value: Any) -> list[tuple[str
     """The widgets that a drop-down brings with what is chosen in it, named after it."""
     if spec[0] != DYNAMIC_COMBO:
         return []
-    chosen = next((option for option in _options(spec)["options"] if option["key"] == value), {})
+    offered: list[dict[str, Any]] = _options(spec)["options"]
+    chosen = next((option for option in offered if option["key"] == value), {})
     specs = input_specs({"input": chosen.get("inputs", {})})
     return [(f"{name}.{own}", spec) for own, spec in specs.items() if is_widget(spec)]
 
