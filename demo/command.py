@@ -20,7 +20,7 @@ from .digits import digit_sheet
 from .errors import DemoError
 from .server import PACK, Server, find_comfyui
 from .sheet import Entry, contact_sheet, side_by_side
-from .workflow import problems, to_prompt
+from .workflow import problems, to_prompt, unknown_nodes
 
 WORKFLOWS = PACK / "workflows"
 SMALL_STEPS = 20  # with the small models; with MODEL= the workflow's own
@@ -46,17 +46,21 @@ def choose(only: list[str]) -> list[Path]:
 def prepare(
     client: Client, paths: list[Path], own: dict[str, str] | None, size: int | None, steps: int | None
 ) -> list[Job]:
-    """Convert the workflows for this server, leaving out those that need files the user did not give."""
+    """Convert the workflows for this server, leaving out those whose nodes or files are not there."""
     jobs = []
     for path in paths:
         workflow = json.loads(path.read_text(encoding="utf-8"))
-        wrong = problems(workflow, client.object_info, files=own is None)
-        if wrong:
-            raise DemoError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
+        unknown = unknown_nodes(workflow, client.object_info)
+        if unknown:
+            print(f"skipped {path.stem}: this ComfyUI has no node {', '.join(unknown)}")
+            continue
         prompt = files.shrunk(to_prompt(workflow, client.object_info), size, steps)
         if own is None:
             prompt = files.translated(prompt)
-        missing = files.files_of(prompt) - set(own) if own is not None else set()
+        missing = files.files_of(prompt) - set(files.NAMES if own is None else own)
+        wrong = problems(workflow, client.object_info, files=own is None and not missing)
+        if wrong:
+            raise DemoError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
         if missing:
             print(f"skipped {path.stem}: it also needs {', '.join(sorted(missing))}")
             continue

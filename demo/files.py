@@ -134,10 +134,10 @@ def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 
 
 def files_of(prompt: Prompt) -> set[str]:
-    """Return the model files of the demo that a prompt names."""
+    """Return the model files that a prompt names."""
     named = {v for entry in prompt.values() for v in entry["inputs"].values() if isinstance(v, str)}
     words = {name for name in NAMES if any(f"embedding:{Path(name).stem}" in text for text in named)}
-    return named & set(NAMES) | words
+    return {name for name in named if name.endswith(".safetensors")} | words
 
 
 def translated(prompt: Prompt) -> Prompt:

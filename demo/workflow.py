@@ -20,7 +20,8 @@ VIRTUAL = NOTES | {"Reroute", "PrimitiveNode"}  # live in the editor only, the s
 MUTED, BYPASSED = 2, 4
 SEEDS = ("seed", "noise_seed")
 AFTER_SEED = {"fixed", "increment", "decrement", "randomize"}
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"  # a drop-down each of whose choices has inputs of its own
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC_COMBO}
 
 
 def input_specs(info: dict[str, Any]) -> dict[str, list[Any]]:
@@ -43,37 +44,64 @@ def choices(spec: list[Any]) -> list[Any] | None:
     """Return what a drop-down offers, or None if the input is not one."""
     if isinstance(spec[0], list):
         return spec[0]
+    if spec[0] == DYNAMIC_COMBO:
+        return [option["key"] for option in _options(spec)["options"]]
     return _options(spec).get("options") if spec[0] == "COMBO" else None
 
 
 def is_widget(spec: list[Any]) -> bool:
     """Whether an input has a widget, and so an entry in widgets_values."""
-    return (isinstance(spec[0], list) or spec[0] in WIDGET_TYPES) and not _options(spec).get("forceInput")
+    kind = _options(spec).get("widgetType", spec[0])  # of an input of several types
+    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not _options(spec).get("forceInput")
 
 
-def widget_values(node: Node, info: dict[str, Any]) -> dict[str, Any]:
-    """Return the node's widget values by input name.
+def widgets(node: Node, info: dict[str, Any]) -> Iterator[tuple[str, list[Any], Any]]:
+    """Yield the name, description and value of the node's widgets.
 
     The editor stores them as a list in input order, with one more after each seed (what happens to it after a run),
     and as a dict in some packs; what an older file lacks takes its default.
     """
     stored = node.get("widgets_values") or []
-    specs = {name: spec for name, spec in input_specs(info).items() if is_widget(spec)}
+    specs = [(name, spec) for name, spec in input_specs(info).items() if is_widget(spec)]
     if isinstance(stored, dict):
-        return {name: stored[name] for name in specs if name in stored}
-    values: dict[str, Any] = {}
+        yield from ((name, spec, stored[name]) for name, spec in specs if name in stored)
+        return
     queue = list(stored)
-    for name, spec in specs.items():
+    while specs:
+        name, spec = specs.pop(0)
         if queue:
-            values[name] = queue.pop(0)
+            value = queue.pop(0)
             controlled = name in SEEDS or _options(spec).get("control_after_generate")
             if controlled and queue and queue[0] in AFTER_SEED:
                 queue.pop(0)
         elif "default" in _options(spec):
-            values[name] = _options(spec)["default"]
+            value = _options(spec)["default"]
         elif options := choices(spec):
-            values[name] = options[0]
-    return values
+            value = options[0]
+        else:
+            continue
+        yield name, spec, value
+        specs = [*_widgets_of_choice(name, spec, value), *specs]
+
+
+def _widgets_of_choice(name: str, spec: list[Any], value: Any) -> list[tuple[str, list[Any]]]:
+    """The widgets that a drop-down brings with what is chosen in it, named after it."""
+    if spec[0] != DYNAMIC_COMBO:
+        return []
+    offered: list[dict[str, Any]] = _options(spec)["options"]
+    chosen = next((option for option in offered if option["key"] == value), {})
+    specs = input_specs({"input": chosen.get("inputs", {})})
+    return [(f"{name}.{own}", spec) for own, spec in specs.items() if is_widget(spec)]
+
+
+def widget_values(node: Node, info: dict[str, Any]) -> dict[str, Any]:
+    """Return the node's widget values by input name."""
+    return {name: value for name, _, value in widgets(node, info)}
+
+
+def unknown_nodes(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
+    """Return the node classes of a workflow that the server lacks."""
+    return sorted({node["type"] for node in Graph(workflow).active()} - set(object_info))
 
 
 class Graph:
@@ -178,8 +206,8 @@ def problems(workflow: Workflow, object_info: ObjectInfo, files: bool = True) ->
         for required, spec in info["input"].get("required", {}).items():
             if not is_widget(spec) and required not in linked:
                 found.append(f"{name}: input {required} is not connected.")
-        for widget, value in widget_values(node, info).items():
-            options = choices(specs[widget])
+        for widget, spec, value in widgets(node, info):
+            options = choices(spec)
             if files and options is not None and widget not in linked and value not in options:
                 found.append(f"{name}: {widget} is {value!r}, the server offers {options}.")
         outputs = [o["type"] for o in node.get("outputs") or []]

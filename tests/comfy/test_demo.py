@@ -201,6 +201,19 @@ def test_a_wrong_comfyui_path(called, folder, monkeypatch):
     )
 
 
+def test_workflows_of_large_models_are_left_out_by_name(start, folder):
+    demo = start("--only", "ideogram4-two-models", "--only", "concept-generation", "--size", "64", "--steps", "1")
+    assert demo.wait(180) == 0, log_of(folder)
+    (line,) = re.findall(r"^skipped .*$", log_of(folder), re.MULTILINE)
+    assert re.fullmatch(
+        r"skipped ideogram4-two-models: (this ComfyUI has no node .*Ideogram4Scheduler.*|it also needs "
+        r"flux2-vae\.safetensors, ideogram4_fp8_scaled\.safetensors, ideogram4_unconditional_fp8_scaled\.safetensors, "
+        r"qwen3vl_8b_fp8_scaled\.safetensors)",
+        line,
+    )
+    assert (folder / "output" / "concept-generation.png").exists()
+
+
 def test_own_files_run_what_they_suffice_for(start, folder, model_folder):
     """MODEL= and CONCEPT= stand in for the workflows' names; workflows that need more are named and left out."""
     model, concept = folder / "my model.safetensors", folder / "my-concept.safetensors"

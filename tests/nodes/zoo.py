@@ -65,6 +65,7 @@ class Family:
         if kind is None:
             raise LookupError(f"this ComfyUI has no {self.classname}")
         config = kind(copy.deepcopy(self.config))
+        config.unet_config.update(copy.deepcopy(self.config))  # over what the class would put in its place
         config.set_inference_dtype(torch.float32, None)
         try:
             model = config.get_model(self.extra_weights(), "", device=None)
@@ -449,6 +450,23 @@ FAMILIES = {
         [(16, 8, 8)],
         None,
         {"attention_mask": ones(1, 7, dtype=torch.long)},
+    ),
+    "ideogram4": Family(
+        "single stream",
+        "Ideogram4",
+        {
+            "image_model": "ideogram4",
+            "in_channels": 128,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "intermediate_size": 64,
+            "adaln_dim": 16,
+            "llm_features_dim": 20,
+            "mrope_section": [6, 5, 5],
+        },
+        (7, 20),
+        [(128, 4, 4)],
     ),
     "pixart_sigma": Family(
         "cross-attention DiT",
