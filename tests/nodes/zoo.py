@@ -606,7 +606,7 @@ FAMILIES = {
             "connector_num_layers": 1,
             "rope_type": "split",
         },
-        (8, 20),
+        (8, 40),  # of both streams, as 0.8.0 takes it and later versions too
         [(128, 2, 2, 2), (8, 9, 16)],
     ),
     "minimax_h3": Family(
