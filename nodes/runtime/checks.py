@@ -16,7 +16,7 @@ from ...gcfg.plan import GuidancePlan, ScheduledTerm
 from . import placing
 from .clones import called
 from .lanes import BASE, covers
-from .latents import latent_shapes
+from .latents import latent_shapes, streams
 
 # How layers say that what they were given is of another width than theirs.
 _SHAPES_IN_ERRORS = (
@@ -99,8 +99,7 @@ def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recor
     Returns:
         Whether it was said.
     """
-    parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
-    if all(bool(part.isfinite().all()) for part in parts):
+    if all(bool(part.isfinite().all()) for part in streams(latent)):
         return False
     if after:
         step = None if recorder is None else recorder.lost_at()

@@ -36,9 +36,12 @@ def to_intermediate(samples: Any) -> Any:
 
 def latent_shapes(latent: Any) -> list[tuple[int, ...]]:
     """Shapes of the tensors that a latent holds: one, or several where the version nests them."""
-    if is_nested(latent):
-        return [tuple(part.shape) for part in latent.unbind()]
-    return [tuple(latent.shape)]
+    return [tuple(part.shape) for part in streams(latent)]
+
+
+def streams(latent: Any) -> list[Tensor]:
+    """The tensors that a latent holds."""
+    return list(latent.unbind()) if is_nested(latent) else [latent]
 
 
 def joined(latents: list[Any]) -> Any:
@@ -48,15 +51,14 @@ def joined(latents: list[Any]) -> Any:
 
 def first_stream(latent: Any) -> Any:
     """What a VAE decodes of a latent: its picture or video, as ComfyUI's own node does."""
-    return latent.unbind()[0] if is_nested(latent) else latent
+    return streams(latent)[0]
 
 
 def on_streams(change: Callable[..., Tensor], *latents: Any) -> Any:
     """What `change` makes of the latents, stream by stream where the version nests them."""
     if not is_nested(latents[0]):
         return change(*latents)
-    streams = zip(*(latent.unbind() for latent in latents), strict=True)
-    return type(latents[0])([change(*parts) for parts in streams])
+    return type(latents[0])([change(*parts) for parts in zip(*map(streams, latents), strict=True)])
 
 
 def is_nested(latent: Any) -> bool:
