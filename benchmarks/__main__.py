@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..demo.errors import DemoError
+from ..testkit.errors import CommandError
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
 
     try:
         app(prog_name="python -m comfyui_gcfg.benchmarks")
-    except DemoError as error:
+    except CommandError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
 

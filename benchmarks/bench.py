@@ -14,11 +14,11 @@ import comfy.samplers
 import comfy.sd
 from torch import Tensor
 
-from ..demo.layouts import FAMILIES
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.concept import load_concept_unet
 from ..nodes.runtime.guider import GCFGGuider
 from ..nodes.sampling import GCFGKSampler
+from ..testkit.layouts import FAMILIES
 from .files import Files, latent, lora, prompt
 from .timing import Clock
 

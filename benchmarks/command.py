@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from ..demo.errors import DemoError
+from ..testkit.errors import CommandError
 from .figures import Figure, table
 from .files import make_files
 from .matrix_command import matrix
@@ -60,7 +60,7 @@ def bench(
     wanted = section or [name for name in SECTIONS if name not in SLOW]
     unknown = sorted(set(wanted) - set(SECTIONS))
     if unknown:
-        raise DemoError(f"--section {unknown[0]}: expected one of {', '.join(SECTIONS)}.")
+        raise CommandError(f"--section {unknown[0]}: expected one of {', '.join(SECTIONS)}.")
     size = size if size is not None else 128 if small else 256
     check_size(size)
     family = "sd15" if small else "sd15-full"

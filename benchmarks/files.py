@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..demo import layouts
-from ..demo.models import null_text_features, unet_state_dict
 from ..gcfg.concept_file import compact, fold
+from ..testkit import layouts
+from ..testkit.models import null_text_features, unet_state_dict
 
 StateDict = dict[str, Tensor]
 RANK = 16

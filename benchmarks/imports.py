@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..demo.errors import DemoError
+from ..testkit.comfyui import PACK
+from ..testkit.errors import CommandError
+from ..testkit.inprocess import import_comfyui
 from .figures import Figure
-from .inprocess import ROOT, import_comfyui
 from .timing import Spread
 
 _NAME = "gcfg_as_a_custom_node"
@@ -32,7 +33,7 @@ def child(tree: str | None, cpu: bool, byte_code: str) -> None:
     import_comfyui(Path(tree) if tree else None, cpu)
     sys.pycache_prefix, sys.dont_write_bytecode = byte_code, False
     start = time.perf_counter()
-    spec = importlib.util.spec_from_file_location(_NAME, ROOT / "__init__.py")
+    spec = importlib.util.spec_from_file_location(_NAME, PACK / "__init__.py")
     assert spec is not None
     assert spec.loader is not None
     pack = importlib.util.module_from_spec(spec)
@@ -51,7 +52,7 @@ def figures(tree: Path | None, cpu: bool, repeats: int) -> list[Figure]:
             command = [sys.executable, "-c", program]
             run = subprocess.run(command, cwd=away, env=os.environ, capture_output=True, text=True, check=False)
             if run.returncode:
-                raise DemoError(f"The import of the pack failed in a process of its own:\n{run.stderr}")
+                raise CommandError(f"The import of the pack failed in a process of its own:\n{run.stderr}")
             found.append(json.loads(run.stdout.splitlines()[-1]))
     spread = Spread.of([entry["ms"] for entry in found[1:]])
     note = f"{found[0]['nodes']} nodes; ComfyUI and torch are imported before"

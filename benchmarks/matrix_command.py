@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from ..demo.errors import DemoError
-from ..demo.layouts import FAMILIES
+from ..testkit.errors import CommandError
+from ..testkit.layouts import FAMILIES
 from .figures import Figure, table
 from .files import make_files
 from .options import CpuTime, Device, Profile, Repeats, Threads
@@ -57,11 +57,11 @@ def matrix(
     """Compare guided steps with stock guidance, with their own model calls, and with separate calls, by setting."""
     for wanted in family:
         if wanted not in FAMILIES:
-            raise DemoError(f"--family {wanted}: expected one of {', '.join(FAMILIES)}.")
+            raise CommandError(f"--family {wanted}: expected one of {', '.join(FAMILIES)}.")
     for pixels in size:
         check_size(pixels)
     if weights not in WEIGHTS:
-        raise DemoError(f"--weights {weights}: expected one of {', '.join(WEIGHTS)}.")
+        raise CommandError(f"--weights {weights}: expected one of {', '.join(WEIGHTS)}.")
     print(f"Model files in {cache} ...", flush=True)
     files = {name: make_files(cache, name) for name in dict.fromkeys(family)}
     session = Session.start(device, threads, cpu_time, [] if weights == "auto" else [f"{weights}-unet"])
@@ -101,7 +101,7 @@ def _cases(names: Sequence[str] | None, rival: Path | None, node: str | None, wi
     known = [case.name for case in CASES]
     for name in names or []:
         if name not in known:
-            raise DemoError(f"--case {name}: expected one of {', '.join(known)}.")
+            raise CommandError(f"--case {name}: expected one of {', '.join(known)}.")
     cases = [case for case in CASES if not names or case.name in ("stock", *names)]
     return [*cases, *(rivals.cases(rival, node, widgets) if rival else ())]
 

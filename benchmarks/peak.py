@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..demo.server import find_comfyui
 from ..gcfg.terms import GuidanceTerm
+from ..testkit.comfyui import find_comfyui
+from ..testkit.inprocess import import_comfyui
 from .figures import Figure
 from .files import Files
-from .inprocess import import_comfyui
 
 if TYPE_CHECKING:  # importing it takes a running ComfyUI
     from .bench import Bench

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..demo import models, small_world
-from ..demo.digits import WORDS
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.concept import load_concept_unet
 from ..nodes.runtime.text import encode_prompt
 from ..nodes.sampling import GCFGKSampler
+from ..testkit import models, small_world
+from ..testkit.small_world import WORDS
 from .figures import Figure
 from .quality import front, psnr, rmse
 from .rules import FULL, PRESET, RULES, Rule

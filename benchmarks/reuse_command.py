@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..demo.errors import DemoError
+from ..testkit.errors import CommandError
 from .figures import table
 from .options import CpuTime, Device, Threads
 from .rules import FULL, RULES
@@ -36,7 +36,7 @@ def reuse(
     """Measure Guidance Cache on the small world's trained models: time over stock CFG, error against the full run."""
     unknown = set(setting or ()) - set(RULES)
     if unknown:
-        raise DemoError(f"--setting {min(unknown)}: expected one of {', '.join(RULES)}.")
+        raise CommandError(f"--setting {min(unknown)}: expected one of {', '.join(RULES)}.")
     wanted = {FULL, *(setting or RULES)}
     rules = {name: rule for name, rule in RULES.items() if name in wanted}
     session = Session.start(device, threads, cpu_time)

@@ -12,7 +12,7 @@ from typing import Any
 
 import comfy.samplers
 
-from ..demo.errors import DemoError
+from ..testkit.errors import CommandError
 from .bench import SCALE, Bench
 from .cases import OTHER, Case, Part, gcfg
 
@@ -59,7 +59,7 @@ class Sockets:
         """The next model: the prior, then the concept UNet."""
         left = [name for name in ("prior", "concept") if name not in self.models]
         if not left:
-            raise DemoError("--rival: its node takes more than two models, which is more than can be filled here.")
+            raise CommandError("--rival: its node takes more than two models, which is more than can be filled here.")
         self.models.append(left[0])
         return attrgetter(left[0])
 
@@ -80,7 +80,7 @@ def cases(folder: Path, node: str | None, widgets: Sequence[str]) -> tuple[Case,
         widgets: settings as "name=value".
 
     Raises:
-        DemoError: if the pack cannot be loaded or the node not be filled.
+        CommandError: if the pack cannot be loaded or the node not be filled.
     """
     nodes = _load(folder)
     name = _choose(nodes, node, folder)
@@ -101,12 +101,14 @@ def _load(folder: Path) -> dict[str, Any]:
     name = str(folder.resolve()).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     if spec is None or spec.loader is None or not (folder / "__init__.py").is_file():
-        raise DemoError(f"--rival {folder}: expected the folder of a ComfyUI node pack, found no __init__.py in it.")
+        raise CommandError(f"--rival {folder}: expected the folder of a ComfyUI node pack, found no __init__.py in it.")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise DemoError(f"--rival {folder}: this ComfyUI cannot import it ({error!r}); try a newer ComfyUI.") from error
+        raise CommandError(
+            f"--rival {folder}: this ComfyUI cannot import it ({error!r}); try a newer ComfyUI."
+        ) from error
     nodes: dict[str, Any] = getattr(module, "NODE_CLASS_MAPPINGS", {})
     return nodes
 
@@ -116,7 +118,7 @@ def _choose(nodes: Mapping[str, Any], node: str | None, folder: Path) -> str:
     guiders = [name for name, types in usable.items() if "GUIDER" in types]
     chosen = guiders[0] if node is None and len(guiders) == 1 else node
     if chosen is None or chosen not in usable:
-        raise DemoError(
+        raise CommandError(
             f"--rival-node {node or 'is missing'}: expected the id of a node of {folder.resolve().name} that gives a "
             f"GUIDER or a MODEL, of which it has {', '.join(sorted(usable)) or 'none'}."
         )
@@ -141,7 +143,9 @@ def _typed(kind: Any, node: str, widgets: Sequence[str]) -> dict[str, Any]:
     for widget in widgets:
         name, equals, text = widget.partition("=")
         if not equals or name not in types:
-            raise DemoError(f"--rival-set {widget}: expected NAME=VALUE with an input of {node}: {', '.join(types)}.")
+            raise CommandError(
+                f"--rival-set {widget}: expected NAME=VALUE with an input of {node}: {', '.join(types)}."
+            )
         values[name] = read.get(str(types[name]), str)(text)
     return values
 
@@ -155,7 +159,7 @@ def _fill(sockets: Sockets, kind: Any, node: str, settings: Mapping[str, Any]) -
         elif isinstance(type_, (list, tuple)):
             sockets.values[name] = _always(type_[0])
         elif required:
-            raise DemoError(f"--rival: the input {name} of {node} is a {type_}, which cannot be filled here.")
+            raise CommandError(f"--rival: the input {name} of {node} is a {type_}, which cannot be filled here.")
 
 
 def _always(value: Any) -> Callable[[Bench], Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import comfy.model_management as management
 import psutil
 
-from ..demo.layouts import FAMILIES, unet
+from ..testkit.layouts import FAMILIES, unet
 from .bench import Bench
 from .cases import Case
 from .files import in_transformer

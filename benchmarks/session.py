@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from ..demo.command import uses_cpu
-from ..demo.errors import DemoError
-from ..demo.server import find_comfyui
+from ..testkit.comfyui import find_comfyui, uses_cpu
+from ..testkit.errors import CommandError
+from ..testkit.inprocess import import_comfyui
 from .figures import Figure, write_json
-from .inprocess import import_comfyui
 
 
 def _load() -> float | None:
@@ -46,10 +45,10 @@ class Session:
 
     @classmethod
     def start(cls, device: str, threads: int, cpu_time: bool, flags: Sequence[str] = ()) -> Session:
-        """Start ComfyUI. Raises: DemoError: if the flags do not fit the device."""
+        """Start ComfyUI. Raises: CommandError: if the flags do not fit the device."""
         session = cls(find_comfyui(), uses_cpu(device), cpu_time)
         if cpu_time and not session.cpu:
-            raise DemoError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
+            raise CommandError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
         comfy = import_comfyui(session.tree, session.cpu, flags)
         logging.getLogger().setLevel(logging.WARNING)
         comfy.utils.PROGRESS_BAR_ENABLED = False  # the stock sampler has none here in some versions; then nor have we
@@ -82,9 +81,9 @@ class Session:
 
 
 def check_size(size: int) -> None:
-    """Refuse a size that the models cannot sample. Raises: DemoError: if it is one."""
+    """Refuse a size that the models cannot sample. Raises: CommandError: if it is one."""
     if size < 64 or size % 64:
-        raise DemoError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
+        raise CommandError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
 
 
 def device_name(device: torch.device) -> str:

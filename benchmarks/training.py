@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..demo.command import uses_cpu
-from ..demo.errors import DemoError
+from ..testkit.comfyui import uses_cpu
+from ..testkit.errors import CommandError
 from .figures import Figure, table, write_json
 from .timing import Spread, ratio
 
@@ -73,9 +73,9 @@ def training(
     cpu = uses_cpu(device)
     size = size or (64 if small else 256 if cpu else 512)
     if size < 64 or size % 64:
-        raise DemoError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
+        raise CommandError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
     if cpu_time and not cpu:
-        raise DemoError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
+        raise CommandError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
     job = _job(small, size, batch or (2 if cpu else 8), steps, ema, threads, cpu, cpu_time, cache)
     environment = _environment(cpu, threads)
     rounds = _rounds(job, repeats, environment)

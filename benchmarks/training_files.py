@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..demo.models import save_checkpoint, unet_state_dict
+from ..testkit.models import save_checkpoint, unet_state_dict
 from ..training.data.cache_plan import Plan, file_state, list_images, plan_cache
 from ..training.data.images import Geometry
 from ..training.data.shards import Recipe, Record, shard_name, vae_fingerprint, write_shard

@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from .errors import DemoError, Stopped
+from ..testkit.errors import CommandError, Stopped
 
 
 def _stop(*_: object) -> NoReturn:
@@ -21,7 +21,7 @@ def main() -> None:
         from .command import app  # seconds of imports, in which Ctrl-C must work too
 
         app(prog_name="python -m comfyui_gcfg.demo")
-    except DemoError as error:
+    except CommandError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped:

@@ -13,14 +13,16 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from . import files, pictures, small_world
-from .client import Client, Progress, Prompt
+from ..testkit import model_files, pictures, prompts, small_world
+from ..testkit.client import Client, Progress, Prompt
+from ..testkit.comfyui import PACK, find_comfyui, uses_cpu
+from ..testkit.errors import CommandError
+from ..testkit.server import Server
+from ..testkit.workflow import problems, to_prompt, unknown_nodes
+from . import own_files
 from .digits import WORKFLOW as DIGITS
 from .digits import digit_sheet
-from .errors import DemoError
-from .server import PACK, Server, find_comfyui
 from .sheet import Entry, contact_sheet, side_by_side
-from .workflow import problems, to_prompt, unknown_nodes
 
 WORKFLOWS = PACK / "workflows"
 SMALL_STEPS = 20  # with the small models; with MODEL= the workflow's own
@@ -35,11 +37,11 @@ class Job:
 
 
 def choose(only: list[str]) -> list[Path]:
-    """Return the workflow files to run. Raises: DemoError: if a name is not one of them."""
+    """Return the workflow files to run. Raises: CommandError: if a name is not one of them."""
     found = {path.stem: path for path in sorted(WORKFLOWS.glob("*.json"))}
     unknown = [name for name in only if name not in found]
     if unknown:
-        raise DemoError(f"--only {unknown[0]}: no such workflow; choose from {', '.join(found)}.")
+        raise CommandError(f"--only {unknown[0]}: no such workflow; choose from {', '.join(found)}.")
     return [found[name] for name in only] if only else list(found.values())
 
 
@@ -54,17 +56,17 @@ def prepare(
         if unknown:
             print(f"skipped {path.stem}: this ComfyUI has no node {', '.join(unknown)}")
             continue
-        prompt = files.shrunk(to_prompt(workflow, client.object_info), size, steps)
+        prompt = prompts.shrunk(to_prompt(workflow, client.object_info), size, steps)
         if own is None:
-            prompt = files.translated(prompt)
-        missing = files.files_of(prompt) - set(files.NAMES if own is None else own)
+            prompt = prompts.translated(prompt)
+        missing = prompts.files_of(prompt) - set(model_files.NAMES if own is None else own)
         wrong = problems(workflow, client.object_info, files=own is None and not missing)
         if wrong:
-            raise DemoError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
+            raise CommandError(f"{path.name} does not fit this ComfyUI: {wrong[0]}")
         if missing:
             print(f"skipped {path.stem}: it also needs {', '.join(sorted(missing))}")
             continue
-        jobs.append(Job(path.stem, files.renamed(prompt, own or {})))
+        jobs.append(Job(path.stem, own_files.renamed(prompt, own or {})))
     return jobs
 
 
@@ -82,7 +84,7 @@ def execute(client: Client, job: Job, output: Path) -> Entry:
 
         run = client.run(job.prompt, show)
     if not run.images:
-        raise DemoError(f"{job.name}: the prompt ended without an image; look at the server's log.")
+        raise CommandError(f"{job.name}: the prompt ended without an image; look at the server's log.")
     images = []
     for reference in run.images:
         stem = reference["filename"].rsplit("_", 2)[0]
@@ -108,18 +110,6 @@ def draw_digits(client: Client, job: Job, output: Path) -> None:
 
         digit_sheet(job.prompt, run).save(output / "digits.png")
     print(f"digits: {output / 'digits.png'}")
-
-
-def uses_cpu(device: str) -> bool:
-    """Whether to start ComfyUI with --cpu. Raises: DemoError: if `device` is neither auto, cpu nor gpu."""
-    import torch  # seconds: not before --help is answered
-
-    if device not in ("auto", "cpu", "gpu"):
-        raise DemoError(f"--device {device}: expected auto, cpu or gpu.")
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if device == "gpu" and not gpu:
-        raise DemoError("--device gpu: this torch finds no GPU; install a torch for it, or leave --device out.")
-    return device == "cpu" or not gpu
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -150,14 +140,14 @@ def demo(
     """
     started = time.monotonic()
     if concept and not model:
-        raise DemoError("CONCEPT needs MODEL, the SD1.5 checkpoint that it was trained from.")
+        raise CommandError("CONCEPT needs MODEL, the SD1.5 checkpoint that it was trained from.")
     paths = choose(only or [])
     work = (cache / ("own" if model else "small")).resolve()
     if model:
-        own: dict[str, str] | None = files.use_own(work / "models", model, concept)
+        own: dict[str, str] | None = own_files.use_own(work / "models", model, concept)
     else:
         own, size, steps = None, size or small_world.SIZE, steps or SMALL_STEPS
-        files.make_small_models(work / "models", print)
+        model_files.make_small_models(work / "models", print)
     if model:
         pictures.write_inputs(work / "input", size or 512)
     else:
@@ -174,7 +164,7 @@ def demo(
             if job.name == DIGITS:
                 draw_digits(server.client, job, output)
     if not entries:
-        raise DemoError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
+        raise CommandError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
     sheet = output / "contact-sheet.png"
     models = model.name if model else "the models of a small world of digits; SDXL is untrained"
     contact_sheet(entries, f"GCFG for ComfyUI with {models}").save(sheet)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .client import Prompt
+from ..testkit.client import Prompt
+from ..testkit.small_world import WORDS
 from .sheet import INK, MARGIN, PAPER, fitted
 
 WORKFLOW = "text-guided-concept"
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = (("the prior alone", {"concept"}), ("the concept alone", {"text"}), ("both: GCFG", set[str]()))
 
 _CELL, _LABEL, _LINE = 96, 130, 18

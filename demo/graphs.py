@@ -12,12 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import files
-from .client import Prompt
-from .editor import Editor
-from .errors import DemoError
-from .server import PACK, Server, find_comfyui
-from .workflow import to_prompt, unknown_nodes
+from ..testkit import model_files, prompts
+from ..testkit.client import Prompt
+from ..testkit.comfyui import PACK, find_comfyui
+from ..testkit.editor import Editor
+from ..testkit.errors import CommandError
+from ..testkit.server import Server
+from ..testkit.workflow import to_prompt, unknown_nodes
 
 _FOLDERS = {  # of what the loaders take, by the name of their widget
     "ckpt_name": "checkpoints",
@@ -62,9 +63,9 @@ def main() -> None:
                 workflow = json.loads(path.read_text(encoding="utf-8"))
                 unknown = unknown_nodes(workflow, server.client.object_info)
                 if unknown:
-                    raise DemoError(f"{path.name}: this ComfyUI has no node {', '.join(unknown)}; use a newer one.")
+                    raise CommandError(f"{path.name}: this ComfyUI has no node {', '.join(unknown)}; use a newer one.")
                 prompt = to_prompt(workflow, server.client.object_info)
-                if files.files_of(prompt) - set(files.NAMES):
+                if prompts.files_of(prompt) - set(model_files.NAMES):
                     stand_in(prompt, work / "models")
                     found.append(path)
             with Editor(server, Path(folder) / "profile") as editor:

@@ -9,9 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import files, pictures
-from .editor import Editor
-from .server import PACK, Server, find_comfyui
+from ..testkit import model_files, pictures
+from ..testkit.comfyui import PACK, find_comfyui
+from ..testkit.editor import Editor
+from ..testkit.server import Server
 
 _SET = """([kind, values]) => {
   for (const node of window.app.graph._nodes.filter((n) => n.type === kind)) {
@@ -69,7 +70,7 @@ def main() -> None:
     """Start ComfyUI and a browser, and write the pictures into the folder of the command line."""
     output = Path(sys.argv[1]).resolve()
     models = Path(".cache/demo/small/models").resolve()
-    files.make_small_models(models, print)
+    model_files.make_small_models(models, print)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "comfyui"
         for path in models.glob("*/*.safetensors"):

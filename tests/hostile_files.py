@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 import torch
-from comfyui_gcfg.demo import layouts
+from comfyui_gcfg.testkit import layouts
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
 BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75}

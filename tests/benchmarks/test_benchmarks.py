@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from comfyui_gcfg.benchmarks.command import app
-from comfyui_gcfg.demo import layouts
-from comfyui_gcfg.demo.errors import DemoError
+from comfyui_gcfg.testkit import layouts
+from comfyui_gcfg.testkit.errors import CommandError
 
 ROWS = {
     "import_ms",
@@ -196,7 +196,7 @@ def relative_difference(note):
 )
 def test_a_wrong_setting_of_the_matrix_is_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DemoError) as caught:
+    with pytest.raises(CommandError) as caught:
         app(["matrix", *arguments], standalone_mode=False)
     assert str(caught.value) == message
     assert not list(tmp_path.iterdir())

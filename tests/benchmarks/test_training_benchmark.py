@@ -12,7 +12,7 @@ from comfyui_gcfg.benchmarks.command import app
 from comfyui_gcfg.benchmarks.flops import peak_tflops, step_flops
 from comfyui_gcfg.benchmarks.training_files import SMALL, make_checkpoint, make_latents
 from comfyui_gcfg.benchmarks.training_peer import PeerSettings, make_peer
-from comfyui_gcfg.demo.errors import DemoError
+from comfyui_gcfg.testkit.errors import CommandError
 from comfyui_gcfg.training.prior.model import open_prior
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
@@ -128,5 +128,5 @@ def test_flops_are_those_of_the_layers(job):
 
 def test_a_wrong_size_is_refused():
     result = CliRunner().invoke(app, ["training", "--size", "100", "--device", "cpu"])
-    assert isinstance(result.exception, DemoError)
+    assert isinstance(result.exception, CommandError)
     assert str(result.exception) == "--size 100: expected a positive multiple of 64, as SD1.5's latents need; round it."

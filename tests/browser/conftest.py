@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comfyui_gcfg.demo.editor import Editor
-from comfyui_gcfg.demo.server import Server
+from comfyui_gcfg.testkit.editor import Editor
+from comfyui_gcfg.testkit.server import Server
 
 DRAWS_NODES_IN_VUE = (0, 8)  # the first version whose Vue nodes are tested
 

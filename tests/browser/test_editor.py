@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from comfyui_gcfg.demo.errors import PromptFailed
-from comfyui_gcfg.demo.workflow import to_prompt, unknown_nodes
+from comfyui_gcfg.testkit.errors import PromptFailed
+from comfyui_gcfg.testkit.workflow import to_prompt, unknown_nodes
 
 WORKFLOWS = sorted(path.stem for path in (Path(__file__).parents[2] / "workflows").glob("*.json"))
 FIELDS = "(node.inputs ?? []).filter((input) => input.name.startsWith('term_'))"

@@ -6,9 +6,9 @@ import shutil
 
 import numpy
 import pytest
-from comfyui_gcfg.demo import files, models
-from comfyui_gcfg.demo.server import Server
-from comfyui_gcfg.demo.workflow import to_prompt
+from comfyui_gcfg.testkit import models, prompts
+from comfyui_gcfg.testkit.server import Server
+from comfyui_gcfg.testkit.workflow import to_prompt
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -40,7 +40,7 @@ def api_prompt(client, load_workflow):
     """A shared workflow in API form, small enough for a test: 64 pixels, 2 steps."""
 
     def make(name, size=64, steps=2):
-        return files.shrunk(to_prompt(load_workflow(name), client.object_info), size, steps)
+        return prompts.shrunk(to_prompt(load_workflow(name), client.object_info), size, steps)
 
     return make
 

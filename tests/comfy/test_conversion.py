@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from comfyui_gcfg.demo.errors import DemoError
-from comfyui_gcfg.demo.workflow import problems, to_prompt
+from comfyui_gcfg.testkit.errors import CommandError
+from comfyui_gcfg.testkit.workflow import problems, to_prompt
 
 INFO = {
     "Load": {"input": {"required": {"file": [["a.safetensors", "b.safetensors"]]}}, "output": ["MODEL", "CLIP"]},
@@ -121,11 +121,11 @@ def test_the_order_of_inputs_is_the_servers():
 def test_refuses_what_it_cannot_convert():
     graph = workflow()
     graph["nodes"][0]["type"] = "Gone"
-    with pytest.raises(DemoError, match=r"^This ComfyUI has no node Gone \(node 1\); update it or its pack\.$"):
+    with pytest.raises(CommandError, match=r"^This ComfyUI has no node Gone \(node 1\); update it or its pack\.$"):
         to_prompt(graph, INFO)
-    with pytest.raises(DemoError, match="subgraphs"):
+    with pytest.raises(CommandError, match="subgraphs"):
         to_prompt({**workflow(), "definitions": {"subgraphs": [{}]}}, INFO)
-    with pytest.raises(DemoError, match="Expected a graph-editor workflow"):
+    with pytest.raises(CommandError, match="Expected a graph-editor workflow"):
         to_prompt({"1": {"class_type": "Load"}}, INFO)
 
 

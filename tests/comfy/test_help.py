@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from comfyui_gcfg.demo import files
-from comfyui_gcfg.demo.workflow import choices, input_specs, is_widget, problems, to_prompt
+from comfyui_gcfg.testkit import model_files, prompts
+from comfyui_gcfg.testkit.workflow import choices, input_specs, is_widget, problems, to_prompt
 
 ROOT = Path(__file__).parents[2]
 PACK = "comfyui-gcfg"  # the folder in custom_nodes that the demo's server gives it
@@ -182,12 +182,12 @@ def test_the_blueprint_is_one_node_around_its_graph(name):
 
 
 SOURCES = {
-    "model": ("CheckpointLoaderSimple", [files.PRIOR], 0),
-    "clip": ("CheckpointLoaderSimple", [files.PRIOR], 1),
-    "vae": ("CheckpointLoaderSimple", [files.PRIOR], 2),
+    "model": ("CheckpointLoaderSimple", [model_files.PRIOR], 0),
+    "clip": ("CheckpointLoaderSimple", [model_files.PRIOR], 1),
+    "vae": ("CheckpointLoaderSimple", [model_files.PRIOR], 2),
     "latent_image": ("EmptyLatentImage", [64, 64, 1], 0),
-    "concept_model": ("GCFGLoadConceptUNet", [files.CONCEPT, "default"], 0),
-    "custom_model": ("CheckpointLoaderSimple", [files.CUSTOM], 0),
+    "concept_model": ("GCFGLoadConceptUNet", [model_files.CONCEPT, "default"], 0),
+    "custom_model": ("CheckpointLoaderSimple", [model_files.CUSTOM], 0),
 }
 
 
@@ -244,7 +244,7 @@ def test_the_blueprint_fits_the_live_server_and_runs(client, pixels, name):
         after_seed = node["type"] == "GCFGKSampler"
         assert node["id"] >= ADDED or len(node["widgets_values"]) == len(widgets) + after_seed
     prompt = to_prompt(workflow, client.object_info)
-    run = client.run(files.shrunk(prompt, 64, 2))
+    run = client.run(prompts.shrunk(prompt, 64, 2))
     assert len(run.images) == 1
     assert pixels(run).std() > 4
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import websocket
-from comfyui_gcfg.demo import files
-from comfyui_gcfg.demo.server import Server
+from comfyui_gcfg.testkit import model_files
+from comfyui_gcfg.testkit.server import Server
 from PIL import Image
 
 GRAPHS, SEED = int(os.environ.get("GRAPHS", 300)), int(os.environ.get("SEED", 0))
@@ -168,13 +168,15 @@ class Graph:
         return None if not found or self.chance(missing) else self.dice.choice(found)
 
     def loaders(self):
-        for name in dict.fromkeys([files.PRIOR, self.dice.choice([files.PRIOR, files.PRIOR, files.CUSTOM])]):
+        for name in dict.fromkeys(
+            [model_files.PRIOR, self.dice.choice([model_files.PRIOR, model_files.PRIOR, model_files.CUSTOM])]
+        ):
             node = self.add("CheckpointLoaderSimple", ckpt_name=name)
             for output, kind in enumerate(("MODEL", "CLIP", "VAE")):
-                if kind == "MODEL" or name == files.PRIOR or self.chance(0.03):  # the others hold no text encoder
+                if kind == "MODEL" or name == model_files.PRIOR or self.chance(0.03):  # the others hold no text encoder
                     self.keep(kind, node, output)
         if self.chance(0.4):
-            self.keep("MODEL", self.add("GCFGLoadConceptUNet", unet_name=files.CONCEPT, weight_dtype="default"))
+            self.keep("MODEL", self.add("GCFGLoadConceptUNet", unet_name=model_files.CONCEPT, weight_dtype="default"))
         if self.chance(0.3):
             text = [self.add("CLIPTextEncode", clip=self.link("CLIP"), text=""), 0]
             if self.chance(0.1):
@@ -344,7 +346,7 @@ class Runs:
 
 def plain(label):
     """A graph that says whether all is as it was."""
-    loader = {"ckpt_name": files.PRIOR}
+    loader = {"ckpt_name": model_files.PRIOR}
     run = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     weight = {"weight": 5.0, "start_percent": 0.0, "end_percent": 1.0, "label": label}
     nodes = {
@@ -352,7 +354,7 @@ def plain(label):
         "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": ""}),
         "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": "seven"}),
         "4": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
-        "5": ("GCFGLoadConceptUNet", {"unet_name": files.CONCEPT, "weight_dtype": "default"}),
+        "5": ("GCFGLoadConceptUNet", {"unet_name": model_files.CONCEPT, "weight_dtype": "default"}),
         "6": ("GCFGGuidanceTerm", {**weight, "conditioning": ["3", 0]}),
         "7": ("GCFGGuidanceTerm", {**weight, "model": ["5", 0], "terms": ["6", 0]}),
         "8": (

@@ -5,7 +5,7 @@ import time
 
 import numpy
 import pytest
-from comfyui_gcfg.demo.errors import PromptFailed, PromptInterrupted
+from comfyui_gcfg.testkit.errors import PromptFailed, PromptInterrupted
 
 LORA = "style-lora.safetensors"
 

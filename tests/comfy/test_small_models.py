@@ -5,8 +5,8 @@ import sys
 import numpy
 import pytest
 import torch
-from comfyui_gcfg.demo import files, models, pictures, sparse
 from comfyui_gcfg.gcfg.concept_file import describe
+from comfyui_gcfg.testkit import model_files, models, pictures, sparse
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -37,7 +37,7 @@ def test_a_fine_tune_is_related_to_its_prior():
 
 
 def test_the_concept_file_is_a_folded_one(model_folder):
-    with safe_open(model_folder / "unet" / files.CONCEPT, "pt") as file:
+    with safe_open(model_folder / "unet" / model_files.CONCEPT, "pt") as file:
         found = describe({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     assert (found.form, found.naming, found.context_dim) == ("folded", "LDM", 768)
 
@@ -72,15 +72,15 @@ def test_the_mask_covers_the_face_and_nothing_else():
 def test_an_interrupted_preparation_is_not_taken_for_a_good_one(tmp_path, monkeypatch):
     """Without its list of finished files a folder is made anew; with it, nothing is written."""
     calls = []
-    monkeypatch.setattr(files, "_places", lambda: [("loras", files.XL_LORA)])
-    original = files.models.lora_state_dict
-    monkeypatch.setattr(files.models, "lora_state_dict", lambda *a, **k: calls.append(1) or original(*a, **k))
-    files.make_small_models(tmp_path)
-    files.make_small_models(tmp_path)
+    monkeypatch.setattr(model_files, "_places", lambda: [("loras", model_files.XL_LORA)])
+    original = model_files.models.lora_state_dict
+    monkeypatch.setattr(model_files.models, "lora_state_dict", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model_files.make_small_models(tmp_path)
+    model_files.make_small_models(tmp_path)
     assert len(calls) == 1
     (tmp_path / "small-models.json").unlink()
-    files.make_small_models(tmp_path)
+    model_files.make_small_models(tmp_path)
     assert len(calls) == 2
-    monkeypatch.setattr(files, "recipe", lambda: "another")
-    files.make_small_models(tmp_path)
+    monkeypatch.setattr(model_files, "recipe", lambda: "another")
+    model_files.make_small_models(tmp_path)
     assert len(calls) == 3

@@ -5,12 +5,12 @@ import io
 import numpy
 import pytest
 import torch
-from comfyui_gcfg.demo import files, small_world
 from comfyui_gcfg.demo.digits import ROWS, WORDS, digit_sheet, varied
-from comfyui_gcfg.demo.workflow import to_prompt
 from comfyui_gcfg.reproduction.autoencoder import as_tensor
 from comfyui_gcfg.reproduction.classifier import THINGS, features
 from comfyui_gcfg.reproduction.scans import TRAINING, read_scans
+from comfyui_gcfg.testkit import prompts, small_world
+from comfyui_gcfg.testkit.workflow import to_prompt
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,8 +25,10 @@ def classifier():
 
 @pytest.fixture
 def digits_prompt(client, load_workflow):
-    prompt = files.shrunk(to_prompt(load_workflow("text-guided-concept"), client.object_info), small_world.SIZE, STEPS)
-    return files.translated(prompt)
+    prompt = prompts.shrunk(
+        to_prompt(load_workflow("text-guided-concept"), client.object_info), small_world.SIZE, STEPS
+    )
+    return prompts.translated(prompt)
 
 
 def drawn(client, prompt):

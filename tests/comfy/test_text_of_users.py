@@ -7,8 +7,8 @@ import time
 
 import pytest
 import requests
-from comfyui_gcfg.demo.errors import PromptFailed
-from comfyui_gcfg.demo.files import PRIOR
+from comfyui_gcfg.testkit.errors import PromptFailed
+from comfyui_gcfg.testkit.model_files import PRIOR
 
 HALF = "a\ud83d"  # half an emoji, as a cut text leaves it
 

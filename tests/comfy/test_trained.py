@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from comfyui_gcfg.demo.files import PRIOR
+from comfyui_gcfg.testkit.model_files import PRIOR
 from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.material import read_material

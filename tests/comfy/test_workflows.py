@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from comfyui_gcfg.demo import files
-from comfyui_gcfg.demo.workflow import problems, to_prompt, unknown_nodes
+from comfyui_gcfg.testkit import prompts
+from comfyui_gcfg.testkit.workflow import problems, to_prompt, unknown_nodes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -75,7 +75,7 @@ def test_is_laid_out_readably(load_workflow, name):
     notes = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "Note"]
     assert len(notes) == 1
     assert name == "sdxl" or name in LARGE or "paper" in notes[0] or "Appendix" in notes[0]
-    for file in files.files_of(to_prompt_offline(workflow)):
+    for file in prompts.files_of(to_prompt_offline(workflow)):
         assert file in notes[0], f"the note does not say where {file} goes"
 
 
@@ -162,7 +162,7 @@ def with_inputs(prompt, node, **inputs):
 def test_every_method_guides_with_its_own_file(client, server, api_prompt, node_of, pixels):
     """What a method's file holds decides that method's image and no other's; ComfyUI found a use for all of it."""
     before = len(server.log_file.read_text(encoding="utf-8", errors="replace"))
-    prompt = files.translated(api_prompt("personalization-methods", steps=4))
+    prompt = prompts.translated(api_prompt("personalization-methods", steps=4))
     prior, lora = node_of(prompt, "CheckpointLoaderSimple"), node_of(prompt, "LoraLoaderModelOnly")
     term = {entry["inputs"]["label"]: node for node, entry in prompt.items() if "label" in entry["inputs"]}
     (word,) = [node for node, entry in prompt.items() if "embedding:" in str(entry["inputs"].get("text"))]

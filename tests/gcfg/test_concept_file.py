@@ -4,8 +4,6 @@ import zlib
 
 import pytest
 import torch
-from comfyui_gcfg.demo import layouts
-from comfyui_gcfg.demo.models import controlnet_state_dict, fine_tuned, lora_state_dict, vae_state_dict
 from comfyui_gcfg.gcfg.concept_file import (
     ConceptFile,
     compact,
@@ -18,6 +16,8 @@ from comfyui_gcfg.gcfg.concept_file import (
 )
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.testkit import layouts
+from comfyui_gcfg.testkit.models import controlnet_state_dict, fine_tuned, lora_state_dict, vae_state_dict
 
 FAMILIES = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "unet.", "module."]

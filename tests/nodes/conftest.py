@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from comfyui_gcfg.benchmarks.inprocess import import_comfyui
+from comfyui_gcfg.testkit.inprocess import import_comfyui
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +39,7 @@ def load_unet(comfy):
 @pytest.fixture(scope="session")
 def weights():
     """State dicts of small UNets by (family, seed), made once."""
-    from comfyui_gcfg.demo.models import unet_state_dict
+    from comfyui_gcfg.testkit.models import unet_state_dict
 
     made = {}
 

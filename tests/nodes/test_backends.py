@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import lora_state_dict
 
 # ComfyUI chooses one of its functions when it is imported, by these flags; the UNet's layers look it up in each call.
 BACKENDS = {

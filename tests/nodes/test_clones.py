@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import lora_state_dict
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.concept_file import compact, fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.safetensors_file import read_header
+from comfyui_gcfg.testkit.models import lora_state_dict
 from safetensors.torch import save_file
 
 WIDTHS = {"sd15": 768, "sd21": 1024, "sdxl": 2048}

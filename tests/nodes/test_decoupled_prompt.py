@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import clip_l_state_dict, with_all_layers
 from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.testkit.models import clip_l_state_dict, with_all_layers
 from safetensors.torch import save_file
 
 BEGIN = "expected weight | prompt, such as 7.5 | sunflower, or 5 @0-60% | in Van Gogh style"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_gcfg.demo.workflow import to_prompt
+from comfyui_gcfg.testkit.workflow import to_prompt
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("zoo.py")))["FAMILIES"]
 MODELS = {  # file: (family, seed)

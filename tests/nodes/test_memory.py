@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 from comfyui_gcfg.benchmarks.memory import used
-from comfyui_gcfg.demo.models import lora_state_dict, null_text_features
 from comfyui_gcfg.gcfg.concept_file import compact, features, fold
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import lora_state_dict, null_text_features
 from safetensors.torch import load_file, save_file
 
 QUERY = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"  # among what a LoRA changes

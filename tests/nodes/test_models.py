@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import controlnet_state_dict
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import controlnet_state_dict
 
 STEPS = 4
 

@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 
 import pytest
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import lora_state_dict
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -205,8 +205,8 @@ def test_a_concept_unet_runs_every_layer_but_the_removed_ones(
     layers_run, load_unet, weights, prior, prompt, tmp_path, comfy
 ):
     """From a compact file: nothing of q, k, v, out and norm2 is there that could run."""
-    from comfyui_gcfg.demo.models import null_text_features
     from comfyui_gcfg.nodes.runtime.concept import load_concept_unet
+    from comfyui_gcfg.testkit.models import null_text_features
     from safetensors.torch import save_file
 
     state_dict = weights("sd15", 1)

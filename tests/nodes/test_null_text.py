@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.testkit.models import lora_state_dict
 
 # W(mean V) and attention over equal values are the same sums in another order of float32 operations, seen through a
 # whole UNet: a few ulp for each layer.

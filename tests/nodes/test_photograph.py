@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import vae_state_dict
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import vae_state_dict
 
 
 @pytest.fixture(scope="module")

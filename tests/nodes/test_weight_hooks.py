@@ -4,8 +4,8 @@ import gc
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import lora_state_dict
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import lora_state_dict
 
 
 @pytest.fixture

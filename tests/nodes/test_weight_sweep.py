@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from comfyui_gcfg.demo.models import vae_state_dict
 from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.models import vae_state_dict
 
 # Cells are evaluated in one batch, a run alone is not: a UNet rounds batches of other sizes differently, about 1e-6 a
 # call, and steps and weights amplify that.

@@ -47,6 +47,15 @@ def animal(request, comfy, stock, gcfg):
             pytest.skip(str(missing))
 
 
+@pytest.fixture(scope="module")
+def rows_apart(animal):
+    """Where a model mixes the rows of a batch, not even stock CFG is the sum of its predictions (ACE on 0.3.64)."""
+    base, text = animal.denoised(animal.empty), animal.denoised(animal.text)
+    whole = animal.stock(animal.text, animal.empty, 3.0, steps=1)
+    if not close(whole, added(base, (text, everywhere(animal, 3.0)))):
+        pytest.skip("in this ComfyUI a prediction depends on what else is in its batch, in stock as well")
+
+
 def streams(latent):
     return list(latent.unbind()) if getattr(latent, "is_nested", False) else [latent]
 
@@ -84,6 +93,7 @@ def test_a_pair_is_a_negative_prompt(animal):
     assert equal(animal.gcfg(terms), animal.stock(animal.text, animal.other, 4.0))
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_two_models_by_hand(animal):
     terms = [
         GuidanceTerm(3.0, conditioning=animal.text),
@@ -97,6 +107,7 @@ def test_two_models_by_hand(animal):
     assert close(animal.gcfg(terms, steps=1), expected)
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_a_mask_is_that_of_stock_noise_masks(animal, comfy):
     shape = animal.family.shapes[0]
     mask = torch.rand(shape[1] if len(shape) == 4 else 1, 6, 5, generator=torch.Generator().manual_seed(3))
@@ -112,6 +123,7 @@ def test_a_mask_is_that_of_stock_noise_masks(animal, comfy):
     assert close(animal.gcfg([term], steps=1), expected)
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_stream_weights(animal):
     last = str(len(animal.family.shapes))
     term = GuidanceTerm(3.0, model=animal.concept, conditioning=animal.text, stream_weights={last: 0.5})
@@ -136,6 +148,7 @@ def test_img2img(animal):
     assert equal(got, animal.stock(animal.text, animal.empty, 4.0, latent, **settings))
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_a_lora_clone_as_a_term(animal):
     weights = {key: value for key, value in animal.prior.model.state_dict().items() if value.ndim == 2}
     changed = animal.prior.clone()
@@ -174,6 +187,7 @@ def test_guidance_cache(animal):
     assert not close(half, whole)
 
 
+@pytest.mark.usefixtures("rows_apart")
 def test_cells_of_a_sweep_are_runs(animal):
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
     from comfyui_gcfg.nodes.runtime.sweep import SweepGuider

@@ -6,7 +6,6 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
-from comfyui_gcfg.demo import models
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.reproduction import text
 from comfyui_gcfg.reproduction.autoencoder import as_tensor, encode, train_autoencoder
@@ -14,6 +13,7 @@ from comfyui_gcfg.reproduction.classifier import THINGS, Classifier, coloured, f
 from comfyui_gcfg.reproduction.scans import TRAINING, read_scans, write_scans
 from comfyui_gcfg.reproduction.scenes import COLOURS, DIGITS, draw_world
 from comfyui_gcfg.reproduction.settings import read_settings
+from comfyui_gcfg.testkit import models
 from comfyui_gcfg.training.prior.text_encoder import encode_prompt
 from comfyui_gcfg.training.prior.vae import load_vae
 from safetensors.torch import save_file

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from comfyui_gcfg.benchmarks.inprocess import import_comfyui
+from comfyui_gcfg.testkit.inprocess import import_comfyui
 from safetensors.torch import load_file, save_file
 
 PENULTIMATE = {"layer": "hidden", "layer_idx": -2}  # as in ComfyUI's SD2ClipHModel, SDXLClipG and SDXLClipModel

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from comfyui_gcfg.benchmarks.inprocess import import_comfyui
+from comfyui_gcfg.testkit.inprocess import import_comfyui
 from oracle_comfyui import clip, encoder
 from safetensors.torch import load_file, save_file
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from comfyui_gcfg.demo import layouts
 from comfyui_gcfg.gcfg.concept_file import compact, fold
+from comfyui_gcfg.testkit import layouts
 from comfyui_gcfg.training.cli import app
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner

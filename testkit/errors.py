@@ -1,17 +1,17 @@
-"""Errors of the demo: one sentence for the person at the terminal."""
+"""Errors of commands: one sentence for the person at the terminal."""
 
 from __future__ import annotations
 
 
-class DemoError(Exception):
+class CommandError(Exception):
     """What went wrong, and what to do about it, in one sentence."""
 
 
-class ServerDied(DemoError):
+class ServerDied(CommandError):
     """The ComfyUI process ended by itself."""
 
 
-class PromptFailed(DemoError):
+class PromptFailed(CommandError):
     """ComfyUI refused a prompt or a node raised.
 
     Attributes:
@@ -23,7 +23,7 @@ class PromptFailed(DemoError):
         self.details = details or {}
 
 
-class PromptInterrupted(DemoError):
+class PromptInterrupted(CommandError):
     """The prompt was cancelled while it ran."""
 
 

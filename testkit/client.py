@@ -14,7 +14,7 @@ from typing import Any
 import requests
 import websocket
 
-from .errors import DemoError, PromptFailed, PromptInterrupted
+from .errors import CommandError, PromptFailed, PromptInterrupted
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -75,7 +75,7 @@ class Client:
             return False
 
     def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
-        """Send one request. Raises ServerDied or DemoError if there is no answer."""
+        """Send one request. Raises ServerDied or CommandError if there is no answer."""
         try:
             return self.session.request(method, f"{self.url}{path}", timeout=60, **kwargs)
         except requests.RequestException as error:
@@ -83,11 +83,11 @@ class Client:
             raise
 
     def _gone(self, error: Exception) -> None:
-        """Raise ServerDied if the process ends within a moment of a failed connection, else DemoError."""
+        """Raise ServerDied if the process ends within a moment of a failed connection, else CommandError."""
         for _ in range(20):
             self.check_alive()
             time.sleep(0.1)
-        raise DemoError(f"The ComfyUI server at {self.url} does not answer ({type(error).__name__}).") from error
+        raise CommandError(f"The ComfyUI server at {self.url} does not answer ({type(error).__name__}).") from error
 
     @cached_property
     def object_info(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Client:
     def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None, timeout: float = 3600) -> Run:
         """Queue a prompt, follow it to its end and return what it made.
 
-        Raises: PromptFailed, PromptInterrupted, ServerDied; DemoError after `timeout` seconds without an end.
+        Raises: PromptFailed, PromptInterrupted, ServerDied; CommandError after `timeout` seconds without an end.
         """
         client_id = uuid.uuid4().hex
         try:
@@ -127,7 +127,7 @@ class Client:
             ws.settimeout(1)
             while not self._step(ws, run, on_progress):
                 if time.monotonic() - started > timeout:
-                    raise DemoError(f"The prompt did not end within {timeout:.0f} s.")
+                    raise CommandError(f"The prompt did not end within {timeout:.0f} s.")
         finally:
             ws.close()
         run.seconds = time.monotonic() - started

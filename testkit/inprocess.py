@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
+from .comfyui import PACK
 
 # Of ComfyUI's own modules, what it has imported by the time it loads node packs.
 _TREE = ("comfy.cli_args", "folder_paths", "nodes", "latent_preview")
@@ -30,7 +30,7 @@ def import_comfyui(tree: Path | None, cpu: bool, flags: Sequence[str] = ()) -> M
     """
     flags = ["cpu", *flags] if cpu else flags
     # The pack's nodes/ must not shadow ComfyUI's nodes.py, however this process was started.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK]
     arguments, sys.argv = sys.argv, ["main.py", *(f"--{flag}" for flag in flags)]
     try:
         if tree is not None:

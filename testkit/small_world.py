@@ -14,16 +14,18 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from . import models
+from .comfyui import PACK
 from .models import StateDict
 from .widen import widen, widen_lora
 
-TRAINED = Path(__file__).parent / "trained"
+TRAINED = PACK / "demo" / "trained"
 FACTOR = 5
 SIZE = 64  # of its pictures, in pixels
 SCAN = TRAINED / "scan.png"  # one of the scans that no network has seen
 
 CLIP_SEED, CLIP_LAYERS = 1, 2  # of the text encoder, which is not trained
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # What the workflows' prompts are in a world of digits.
 PROMPTS = {
     "sunflower in Van Gogh style": "a red seven",

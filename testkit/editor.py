@@ -12,7 +12,7 @@ from typing import Any
 
 from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
 
-from .errors import DemoError
+from .errors import CommandError
 from .server import Server
 
 _FLAGS = [
@@ -164,7 +164,7 @@ class Editor:
             seconds: how long to wait.
 
         Raises:
-            DemoError: if the server refuses the prompt, or does not finish in time.
+            CommandError: if the server refuses the prompt, or does not finish in time.
         """
         button = self.page.locator("#queue-button")  # newer editors keep this one, hidden
         if not button.is_visible():
@@ -175,7 +175,7 @@ class Editor:
             button.click()
         answer = queued.value.json()
         if answer.get("node_errors") or "prompt_id" not in answer:
-            raise DemoError(f"ComfyUI refused the prompt: {answer}")
+            raise CommandError(f"ComfyUI refused the prompt: {answer}")
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             during()
@@ -184,7 +184,7 @@ class Editor:
                 self.settle()
                 return entry
             self.page.wait_for_timeout(50)
-        raise DemoError(f"The prompt did not end within {seconds:.0f} s.")
+        raise CommandError(f"The prompt did not end within {seconds:.0f} s.")
 
     def picture(self, file: Path, kinds: Sequence[str] = (), scale: float = 1.0) -> None:
         """Save a picture of the graph, or of the nodes of some types, `scale` times as large as they are."""
