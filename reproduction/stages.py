@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from ..command.main import app
 from ..gcfg.errors import GuidanceError
-from ..training.cli import app
 from ..training.files import whole_file
 from .methods import METHODS
 from .settings import Settings

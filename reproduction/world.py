@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.metrics.canny import edges
 from ..gcfg.unet_keys import diffusers_to_ldm
 from ..testkit.models import save_checkpoint
-from ..training.evaluation.metrics.canny import edges
 from ..training.files import whole_file, whole_folder
 from ..training.prior.model import open_prior
 from . import text

@@ -1,4 +1,4 @@
-"""The one direction of imports, nodes -> gcfg <- training, in the source and in fresh interpreters."""
+"""The one direction of imports between rooms, in the source and in fresh interpreters."""
 
 import ast
 import json
@@ -18,9 +18,11 @@ ROOMS = {
     "gcfg": set(),
     "nodes": {"gcfg"},
     "training": {"gcfg"},
+    "evaluation": {"gcfg", "training"},
+    "command": {"gcfg", "training", "evaluation"},
     "testkit": {"gcfg"},
     "demo": {"gcfg", "testkit"},
-    "reproduction": {"gcfg", "training", "testkit"},
+    "reproduction": {"gcfg", "training", "evaluation", "command", "testkit"},
     "benchmarks": {"gcfg", "nodes", "training", "testkit"},
 }
 # ComfyUI's own top-level modules. `folder_paths`, its list of model folders, is open to all of nodes/.
@@ -101,13 +103,17 @@ def test_imports_point_one_way(path):
         ("gcfg/x.py", "import folder_paths"),
         ("nodes/x.py", "import comfy.samplers"),
         ("nodes/x.py", "import latent_preview"),
-        ("nodes/x.py", "from ..training.cli import main"),
+        ("nodes/x.py", "from ..command.main import main"),
         ("nodes/x.py", "from comfyui_gcfg.gcfg import terms"),
         ("nodes/x.py", "import nodes"),
         ("nodes/runtime/x.py", "from ... import training"),
         ("nodes/runtime/x.py", "import gcfg"),
         ("training/x.py", "from ..nodes import runtime"),
         ("training/x.py", "import comfy"),
+        ("training/x.py", "from ..evaluation import images"),
+        ("training/x.py", "from ..command import errors"),
+        ("evaluation/x.py", "from ..command import errors"),
+        ("evaluation/x.py", "from ..reproduction import world"),
         ("demo/x.py", "import comfy"),
         ("demo/x.py", "from ..nodes.runtime import versions"),
         ("testkit/x.py", "import comfy.samplers"),
@@ -129,7 +135,8 @@ def test_the_walk_sees_each_kind_of_fault(path, source):
         ("gcfg/x.py", "import torch\nfrom .errors import GuidanceError"),
         ("nodes/x.py", "import folder_paths\nfrom ..gcfg.terms import GuidanceTerm\nfrom .runtime import guider"),
         ("nodes/runtime/x.py", "import comfy.samplers, nodes\nfrom ...gcfg.errors import GuidanceError"),
-        ("training/x.py", "from ..gcfg import combine\nfrom . import cli"),
+        ("training/x.py", "from ..gcfg import combine\nfrom . import run"),
+        ("evaluation/x.py", "from ..training import concept"),
         ("__init__.py", "from .nodes import guidance"),
     ],
 )
@@ -181,7 +188,10 @@ def test_the_root_loads_neither_torch_nor_comfyui(tmp_path):
 @pytest.fixture(scope="module")
 def loaded_rooms(tmp_path_factory):
     """The modules that a process holds once it has imported a room; gcfg's process is forked for each other room."""
-    names = {room: [n for n in modules_of(room) if not n.endswith("__main__")] for room in ("gcfg", "training", "demo")}
+    names = {
+        room: [n for n in modules_of(room) if not n.endswith("__main__")]
+        for room in ("gcfg", "training", "evaluation", "demo")
+    }
     program = f"""
         import importlib, json, os, sys
 
@@ -191,7 +201,7 @@ def loaded_rooms(tmp_path_factory):
             print("\\n" + json.dumps({{room: sorted(sys.modules)}}), flush=True)
 
         load("gcfg")  # which every other room may load too
-        for room in ("training", "demo"):
+        for room in ("training", "evaluation", "demo"):
             if not (child := os.fork()):
                 load(room)
                 os._exit(0)
@@ -205,7 +215,7 @@ def loaded_rooms(tmp_path_factory):
     return {room: set(loaded) for room, loaded in found.items()}
 
 
-@pytest.mark.parametrize("room", ["gcfg", "training", "demo"])
+@pytest.mark.parametrize("room", ["gcfg", "training", "evaluation", "demo"])
 def test_a_room_loads_only_what_it_may(room, loaded_rooms):
     loaded = loaded_rooms[room]
     rooms = {name.split(".")[1] for name in loaded if name.startswith(f"{PACKAGE}.")}

@@ -20,10 +20,10 @@ else:  # pytest brings it
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_gcfg"
-ROOMS = ("gcfg", "nodes", "training", "demo")
+ROOMS = ("gcfg", "nodes", "training", "evaluation", "command")
 DATA = (
-    *("locales", "subgraphs", "web", "workflows", "demo/trained", "training/presets"),
-    *("training/evaluation/presets", "training/evaluation/abtest_page"),
+    *("locales", "subgraphs", "web", "workflows", "training/presets"),
+    *("evaluation/presets", "evaluation/abtest_page"),
 )
 # Nothing below these is a source: copying a virtual environment would take minutes.
 SKIPPED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "output")
@@ -122,7 +122,7 @@ print(json.dumps({{
         "nodes": {},
         "missing": ["torch", "comfy", "numpy"],
         "loaded": [],
-        "command": ["comfyui_gcfg.training.cli:main"],
+        "command": ["comfyui_gcfg.command.main:main"],
     }
 
 

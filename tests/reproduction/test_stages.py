@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation.config_file import load_config
 from comfyui_gcfg.gcfg.concept_file import describe
 from comfyui_gcfg.gcfg.safetensors_file import LazyStateDict
 from comfyui_gcfg.reproduction.methods import METHODS
@@ -11,7 +12,6 @@ from comfyui_gcfg.reproduction.publish import publish
 from comfyui_gcfg.reproduction.settings import read_settings
 from comfyui_gcfg.reproduction.stages import STAGES, run_stages, stages
 from comfyui_gcfg.testkit import small_world
-from comfyui_gcfg.training.evaluation.config_file import load_config
 from safetensors.torch import load_file
 
 TINY = """

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
 from comfyui_gcfg.reproduction.prior import CHANNELS
 from comfyui_gcfg.reproduction.world import controlnet_to_ldm
 from comfyui_gcfg.testkit.widen import widen, widen_lora
-from comfyui_gcfg.training.evaluation.controlnet import load_controlnet
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
 

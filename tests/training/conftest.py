@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from comfyui_gcfg.command.main import main
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
-from comfyui_gcfg.training.cli import main
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.encode_images import encode_images
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -141,7 +141,7 @@ def _new_processes():
 def start():
     """Start the command in a process of its own, forked from one that has the libraries already."""
     context = multiprocessing.get_context("forkserver")
-    commands = ("training.run", "training.data.encode_images", "training.evaluation.run")
+    commands = ("training.run", "training.data.encode_images", "evaluation.run")
     context.set_forkserver_preload([f"comfyui_gcfg.{command}" for command in commands])
 
     with mock.patch.dict(os.environ, QUIET):

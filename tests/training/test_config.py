@@ -1,8 +1,8 @@
 """The config file: presets, overrides, one sentence for each mistake, and help that knows every field."""
 
 import pytest
+from comfyui_gcfg.command.main import app
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.config import changed_on_resume, fields
 from comfyui_gcfg.training.config_file import load_config
 from typer.testing import CliRunner

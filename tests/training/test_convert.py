@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_gcfg.command.main import app
 from comfyui_gcfg.gcfg.safetensors_file import read_header
-from comfyui_gcfg.training.cli import app
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 

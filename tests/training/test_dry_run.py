@@ -3,8 +3,8 @@
 import re
 
 import pytest
+from comfyui_gcfg.command.main import app
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.dry_run import dry_run
 from safetensors import safe_open

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_gcfg.command.main import app
+from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.gcfg.errors import GuidanceError, printable
-from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.concept import null_text_features
-from comfyui_gcfg.training.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.training.prior.learned_token import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import load_text_models

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from comfyui_gcfg.command.main import app
 from comfyui_gcfg.gcfg.concept_file import compact, fold
 from comfyui_gcfg.testkit import layouts
-from comfyui_gcfg.training.cli import app
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -171,7 +171,7 @@ def test_the_installed_command_runs_without_comfyui(tmp_path, unet):
     path = tmp_path / "prior.safetensors"
     save_file(unet, path)
     code = (
-        "import sys, json; from comfyui_gcfg.training.cli import main\n"
+        "import sys, json; from comfyui_gcfg.command.main import main\n"
         f"sys.argv = ['gcfg', 'inspect', {str(path)!r}]\n"
         "try:\n    main()\nfinally:\n"
         "    print(json.dumps([name for name in sys.modules if name.split('.')[0] in ('comfy', 'folder_paths')"

@@ -31,7 +31,7 @@ def torchrun():
             port = free.getsockname()[1]
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
         return subprocess.Popen(
-            [sys.executable, *launcher, "-m", "comfyui_gcfg.training", *map(str, arguments)],
+            [sys.executable, *launcher, "-m", "comfyui_gcfg.command", *map(str, arguments)],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from comfyui_gcfg.command.main import app
 from comfyui_gcfg.gcfg.concept_file import describe, features
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.training import checkpoints, learner
-from comfyui_gcfg.training.cli import app
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.run import train

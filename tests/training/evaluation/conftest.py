@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation.config_file import load_config
 from comfyui_gcfg.gcfg.concept_file import compact
 from comfyui_gcfg.gcfg.null_text import cross_attention_blocks
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.training.concept import to_null_text
-from comfyui_gcfg.training.evaluation.config_file import load_config
 from comfyui_gcfg.training.export import export_unet
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file

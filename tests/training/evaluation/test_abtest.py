@@ -4,11 +4,11 @@ import json
 import re
 from pathlib import Path
 
-import comfyui_gcfg.training.evaluation.abtest as abtest
+import comfyui_gcfg.evaluation.abtest as abtest
 import pytest
 import torch
+from comfyui_gcfg.evaluation.abtest import Trial, key_of, told, win_rates, write_page
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.abtest import Trial, key_of, told, win_rates, write_page
 from PIL import Image
 from py_mini_racer import MiniRacer
 from scipy.stats import binom

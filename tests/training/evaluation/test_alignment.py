@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation.metrics.alignment import TABLE3, ZeroShot, load_classifier
+from comfyui_gcfg.evaluation.metrics.clip_score import Clip, clip_score, load_clip
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.metrics.alignment import TABLE3, ZeroShot, load_classifier
-from comfyui_gcfg.training.evaluation.metrics.clip_score import Clip, clip_score, load_clip
 from PIL import Image
 from torch import nn
 from transformers import BatchEncoding, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer

@@ -3,7 +3,7 @@
 import cv2
 import pytest
 import torch
-from comfyui_gcfg.training.evaluation.metrics.canny import agreement, edges
+from comfyui_gcfg.evaluation.metrics.canny import agreement, edges
 
 
 def maps(*rows_of_images):

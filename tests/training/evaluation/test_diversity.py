@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_gcfg.training.evaluation.metrics.diversity import diversity, vendi
+from comfyui_gcfg.evaluation.metrics.diversity import diversity, vendi
 
 
 def test_diversity_is_the_mean_distance_between_two():

@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from comfyui_gcfg.training.cli import app
+from comfyui_gcfg.command.main import app
+from comfyui_gcfg.evaluation import generation
+from comfyui_gcfg.evaluation.report.words import number
+from comfyui_gcfg.evaluation.results import read_results
+from comfyui_gcfg.evaluation.tasks import Alignment, Canny, Fid
 from comfyui_gcfg.training.data.images import find_images
-from comfyui_gcfg.training.evaluation import generation
-from comfyui_gcfg.training.evaluation.report.words import number
-from comfyui_gcfg.training.evaluation.results import read_results
-from comfyui_gcfg.training.evaluation.tasks import Alignment, Canny, Fid
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from typer.testing import CliRunner
@@ -341,7 +341,7 @@ def test_an_ab_test_needs_two_methods(evaluation_file):
 
 
 def test_a_missing_library_is_named_with_its_extra(evaluation_file, monkeypatch):
-    monkeypatch.setitem(sys.modules, "comfyui_gcfg.training.evaluation.run", None)
+    monkeypatch.setitem(sys.modules, "comfyui_gcfg.evaluation.run", None)
     told = gcfg("fid", evaluation_file())
     assert told.exit_code == 1
     assert "install it with: pip install 'comfyui_gcfg[evaluate]'" in told.output

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comfyui_gcfg.evaluation.config import TASKS, Config, Term
+from comfyui_gcfg.evaluation.config_file import fields, load_config
+from comfyui_gcfg.evaluation.measures import labelled_prompts
+from comfyui_gcfg.evaluation.run import grid
+from comfyui_gcfg.evaluation.tasks import ALIGNMENT_TOLERANCE
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.config import TASKS, Config, Term
-from comfyui_gcfg.training.evaluation.config_file import fields, load_config
-from comfyui_gcfg.training.evaluation.measures import labelled_prompts
-from comfyui_gcfg.training.evaluation.run import grid
-from comfyui_gcfg.training.evaluation.tasks import ALIGNMENT_TOLERANCE
 
 
 def written(folder, text):

@@ -7,8 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+from comfyui_gcfg.evaluation.metrics.fid import RealImages, fid, load_extractor
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.metrics.fid import RealImages, fid, load_extractor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 

@@ -4,13 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation import texts as texts_module
+from comfyui_gcfg.evaluation.config import Recipe, Term
+from comfyui_gcfg.evaluation.controlnet import load_controlnet
+from comfyui_gcfg.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.evaluation.sampling import denoiser
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
-from comfyui_gcfg.training.evaluation import texts as texts_module
-from comfyui_gcfg.training.evaluation.config import Recipe, Term
-from comfyui_gcfg.training.evaluation.controlnet import load_controlnet
-from comfyui_gcfg.training.evaluation.models import Models, read_unet, trained_parameters
-from comfyui_gcfg.training.evaluation.sampling import denoiser
 from comfyui_gcfg.training.export import export_unet
 from comfyui_gcfg.training.prior.learned_token import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_gcfg.training.cli import app
-from comfyui_gcfg.training.evaluation import generation
-from comfyui_gcfg.training.evaluation.config import Recipe, SamplingConfig
-from comfyui_gcfg.training.evaluation.images import Shard, read_shard, seconds_of, shards, write_shard
+from comfyui_gcfg.command.main import app
+from comfyui_gcfg.evaluation import generation
+from comfyui_gcfg.evaluation.config import Recipe, SamplingConfig
+from comfyui_gcfg.evaluation.images import Shard, read_shard, seconds_of, shards, write_shard
 from typer.testing import CliRunner
 
 METHODS = {
@@ -80,7 +80,7 @@ def test_two_processes_give_the_images_and_numbers_of_one(evaluation_file, tmp_p
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
     told = subprocess.run(
-        [sys.executable, *launcher, "comfyui_gcfg.training", "evaluate", "tables", str(path)],
+        [sys.executable, *launcher, "comfyui_gcfg.command", "evaluate", "tables", str(path)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,

@@ -4,17 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from comfyui_gcfg.evaluation.sampling import Control, Guidance, Prediction, decode, denoiser, sample, take_hints
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
 from comfyui_gcfg.training.concept import Conditions, predict
-from comfyui_gcfg.training.evaluation.sampling import (
-    Control,
-    Guidance,
-    Prediction,
-    decode,
-    denoiser,
-    sample,
-    take_hints,
-)
 from comfyui_gcfg.training.objective import Objective
 from comfyui_gcfg.training.samples import decode as decode_one_by_one
 from comfyui_gcfg.training.samples import starting_noise
@@ -156,7 +148,7 @@ def test_a_controlnet_beside_the_pipelines_way(tiny_unet, controlnet):
 def test_decoding_in_batches_equals_one_by_one(tiny_vae, monkeypatch):
     latents = starting_noise(range(5), SHAPE)
     whole = decode(tiny_vae, latents)
-    monkeypatch.setattr("comfyui_gcfg.training.evaluation.sampling._DECODED_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr("comfyui_gcfg.evaluation.sampling._DECODED_PIXELS", 2 * 32 * 32)
     parts = decode(tiny_vae, latents)
     singles = torch.stack(
         [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in decode_one_by_one(tiny_vae, latents)]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from comfyui_gcfg.training.evaluation.images import write_shard
+from comfyui_gcfg.evaluation.images import write_shard
 from PIL import Image
 from sklearn.datasets import load_digits
 

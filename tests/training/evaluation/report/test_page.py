@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comfyui_gcfg.evaluation.report import Experiment, page_text, read_published, write_report
+from comfyui_gcfg.evaluation.report.plots import plane_values, tradeoff_points
+from comfyui_gcfg.evaluation.report.stored import Results
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.evaluation.report import Experiment, page_text, read_published, write_report
-from comfyui_gcfg.training.evaluation.report.plots import plane_values, tradeoff_points
-from comfyui_gcfg.training.evaluation.report.stored import Results
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parents[4] / "docs"

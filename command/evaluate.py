@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...gcfg.errors import GuidanceError
-from ..command_errors import one_sentence, say
-from .config import TASKS, Config, Task
-from .config_file import fields, load_config
+from ..evaluation.config import TASKS, Config, Task
+from ..evaluation.config_file import fields, load_config
+from ..gcfg.errors import GuidanceError
+from .errors import one_sentence, say
 
 if TYPE_CHECKING:
-    from .run import Evaluation
+    from ..evaluation.run import Evaluation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,8 +115,8 @@ def abtest_command(
     """Write a page on which your friends choose the best of the methods' images, or count their choices."""
     with one_sentence():
         settings = load_config(config, overrides or ())
-        from . import abtest
-        from .comparison import FOLDER, comparison
+        from ..evaluation import abtest
+        from ..evaluation.comparison import FOLDER, comparison
 
         folder = settings.output_folder / FOLDER
         if count:
@@ -136,7 +136,9 @@ def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluatio
     with one_sentence():
         settings = load_config(config, overrides or ())
         try:
-            from .run import Evaluation  # torch and diffusers take seconds to import: not before --help is answered
+            from ..evaluation.run import (
+                Evaluation,  # torch and diffusers take seconds to import: not before --help is answered
+            )
         except ModuleNotFoundError as error:
             raise GuidanceError(
                 f"gcfg evaluate needs {error.name}, which was not found; install it with: pip install "
@@ -157,7 +159,7 @@ def _run(evaluation: Evaluation, tasks: Sequence[Task], methods: Sequence[str] |
 
 
 def _sweep(evaluation: Evaluation) -> None:
-    from .sweep import run_sweep
+    from ..evaluation.sweep import run_sweep
 
     result = run_sweep(evaluation)
     if evaluation.is_main:
@@ -165,10 +167,10 @@ def _sweep(evaluation: Evaluation) -> None:
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
-    from .report import Experiment, read_stages, write_report
-    from .results import read_results
-    from .run import RESULTS
-    from .tasks import Canny
+    from ..evaluation.report import Experiment, read_stages, write_report
+    from ..evaluation.results import read_results
+    from ..evaluation.run import RESULTS
+    from ..evaluation.tasks import Canny
 
     folder = config.output_folder
     page = page or folder / "report.md"

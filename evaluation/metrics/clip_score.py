@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from ....gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 
 _BATCH = 64
 

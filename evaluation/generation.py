@@ -13,9 +13,9 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from ..concept import PIXELS
-from ..files import remove_unfinished
-from ..samples import starting_noise
+from ..training.concept import PIXELS
+from ..training.files import remove_unfinished
+from ..training.samples import starting_noise
 from .config import Recipe, SamplingConfig
 from .images import Shard, shards, write_shard
 from .models import Models

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...gcfg.errors import GuidanceError
-from ..config_file import first_problem, merged, read_toml
+from ..gcfg.errors import GuidanceError
+from ..training.config_file import first_problem, merged, read_toml
 from .config import Config, MethodConfig, ModelConfig, Recipe, Section, Term
 
 _PRESETS = Path(__file__).parent / "presets"

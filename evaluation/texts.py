@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...gcfg.errors import GuidanceError
-from ..concept import Conditions
-from ..prior.learned_token import LearnedToken, add_word
-from ..prior.model import Prior
-from ..prior.text_encoder import TextEmbedding, encode_ids, load_text_models, token_ids
+from ..gcfg.errors import GuidanceError
+from ..training.concept import Conditions
+from ..training.prior.learned_token import LearnedToken, add_word
+from ..training.prior.model import Prior
+from ..training.prior.text_encoder import TextEmbedding, encode_ids, load_text_models, token_ids
 
 
 class Texts:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...gcfg.errors import GuidanceError
-from ...gcfg.safetensors_file import LazyStateDict, read_header
-from ..prior.architecture import Config, Shapes
-from ..prior.components import UNET_WEIGHTS, component, weight_files
+from ..gcfg.errors import GuidanceError
+from ..gcfg.safetensors_file import LazyStateDict, read_header
+from ..training.prior.architecture import Config, Shapes
+from ..training.prior.components import UNET_WEIGHTS, component, weight_files
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel

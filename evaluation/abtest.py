@@ -16,8 +16,8 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 
-from ...gcfg.errors import GuidanceError
-from ..files import whole_file, whole_folder
+from ..gcfg.errors import GuidanceError
+from ..training.files import whole_file, whole_folder
 
 QUESTION = "Which image is best?"
 _FORMAT = 1

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ...gcfg.errors import GuidanceError
-from ..files import whole_file
+from ..gcfg.errors import GuidanceError
+from ..training.files import whole_file
 from .config import Config, Term
 from .images import concatenated, picture, read_shard
 from .measures import Measures

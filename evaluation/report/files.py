@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ....gcfg.errors import GuidanceError
-from ...files import whole_file
+from ...gcfg.errors import GuidanceError
+from ...training.files import whole_file
 from ..results import read_results
 from .page import RESULTS, Experiment, has_tradeoff, page_text, sheets
 from .pictures import copy_picture, draw_sheet

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ....gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 from ..images import picture, read_image_of
 from .stored import Result
 

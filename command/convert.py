@@ -18,7 +18,7 @@ from torch import Tensor
 from ..gcfg.errors import GuidanceError
 from ..gcfg.safetensors_file import SUFFIX, is_pickle, open_regular, read_header, unreadable
 from ..gcfg.safetensors_header import METADATA, shown
-from .files import whole_file
+from ..training.files import whole_file
 
 _EXPECTED = "a pickle such as .ckpt or .pt"
 _WRAPPER = "state_dict"  # where training frameworks keep the weights

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from ...gcfg.errors import GuidanceError
+from ..gcfg.errors import GuidanceError
 
 Task = Literal["fid", "alignment", "canny", "diversity"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ....gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 from .clip_score import Clip, load_clip
 from .plugin import build
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...gcfg.errors import GuidanceError
-from ..data.images import BrokenImage, find_images, fit_image, read_image
-from ..files import whole_file
+from ..gcfg.errors import GuidanceError
+from ..training.data.images import BrokenImage, find_images, fit_image, read_image
+from ..training.files import whole_file
 
 
 @dataclass(frozen=True)

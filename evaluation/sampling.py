@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...gcfg.combine import combine
-from ...gcfg.plan import ActiveTerm, needs_base
-from ..concept import Conditions, predict
-from ..objective import Objective
-from ..samples import Denoise, _scheduler
+from ..gcfg.combine import combine
+from ..gcfg.plan import ActiveTerm, needs_base
+from ..training.concept import Conditions, predict
+from ..training.objective import Objective
+from ..training.samples import Denoise, _scheduler
 
 if TYPE_CHECKING:
-    from ..prior.vae import Autoencoder
+    from ..training.prior.vae import Autoencoder
 
 _DECODED_PIXELS = 1 << 18  # of the images that pass the VAE at once: 64 of 64 x 64, 1 of 512 x 512
 

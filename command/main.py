@@ -9,10 +9,10 @@ from typing import Annotated
 try:
     import typer
 
-    from .command_errors import one_sentence, say
-    from .config import fields
-    from .config_file import load_config
-    from .evaluation.cli import app as evaluate
+    from ..training.config import fields
+    from ..training.config_file import load_config
+    from .errors import one_sentence, say
+    from .evaluate import app as evaluate
 except ModuleNotFoundError as error:  # the nodes do not need them, so the plain install leaves them out
     raise SystemExit(
         f"gcfg needs {error.name}, which was not found; install it with: pip install 'comfyui_gcfg[train]'"
@@ -69,8 +69,8 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
     with one_sentence():
         settings = load_config(config, overrides or ())
-        from .data.encode_images import encode_images, told
-        from .processes import join_processes
+        from ..training.data.encode_images import encode_images, told
+        from ..training.processes import join_processes
 
         report = encode_images(settings)
         if join_processes().is_main_process:
@@ -92,12 +92,12 @@ def train_command(
     with one_sentence():
         settings = load_config(config, overrides or ())
         if dry_run:
-            from .dry_run import dry_run as measure
+            from ..training.dry_run import dry_run as measure
 
             if cost := measure(settings):
                 say(cost.lines())
             return
-        from .run import train
+        from ..training.run import train
 
         outcome = train(settings)
     if outcome.signal:
@@ -124,7 +124,7 @@ def export_command(
 ) -> None:
     """Write the model file of a run, which ComfyUI loads: a UNet, beside a LoRA's the LoRA, or an embedding."""
     with one_sentence():
-        from .trained import export_run
+        from ..training.trained import export_run
 
         say(str(export_run(source, output, form.value, weights.value, dtype.value)))
 
@@ -136,7 +136,7 @@ def validate_command(
 ) -> None:
     """Look at every image, or every cached latent, and tell what is wrong with it; nothing is changed."""
     with one_sentence():
-        from .data.validate import validate
+        from ..training.data.validate import validate
 
         report = validate(data, resolution)
     say(report.lines)

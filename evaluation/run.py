@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from ...gcfg.errors import GuidanceError
-from ..processes import alone_in, join_processes
+from ..gcfg.errors import GuidanceError
+from ..training.processes import alone_in, join_processes
 from .config import PRIOR, Config, Recipe
 from .config import Task as TaskName
 from .generation import Order, generate

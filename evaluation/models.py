@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...gcfg.concept_file import compact, describe, unet_in_ldm_keys
-from ...gcfg.errors import GuidanceError
-from ...gcfg.null_text import is_null_text
-from ...gcfg.safetensors_file import LazyStateDict, read_header
-from ...gcfg.unet_keys import ldm_to_diffusers
-from ..attention import share_prompts
-from ..concept import null_text_features, to_null_text
-from ..objective import Objective
-from ..prior.architecture import FAMILY_NAMES, family_of
-from ..prior.learned_token import LearnedToken, read_embedding
-from ..prior.model import Prior, open_prior
-from ..prior.unet import find_unet, load_unet
+from ..gcfg.concept_file import compact, describe, unet_in_ldm_keys
+from ..gcfg.errors import GuidanceError
+from ..gcfg.null_text import is_null_text
+from ..gcfg.safetensors_file import LazyStateDict, read_header
+from ..gcfg.unet_keys import ldm_to_diffusers
+from ..training.attention import share_prompts
+from ..training.concept import null_text_features, to_null_text
+from ..training.objective import Objective
+from ..training.prior.architecture import FAMILY_NAMES, family_of
+from ..training.prior.learned_token import LearnedToken, read_embedding
+from ..training.prior.model import Prior, open_prior
+from ..training.prior.unet import find_unet, load_unet
 from .config import PRIOR, Config, Recipe
 from .controlnet import load_controlnet
 from .sampling import Guidance, Prediction, take_hints
 from .texts import Texts
 
 if TYPE_CHECKING:
-    from ..prior.vae import Autoencoder
+    from ..training.prior.vae import Autoencoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINED_KEY = "gcfg.trained_parameters"  # in the metadata of what `gcfg train` exports

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from ....gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 from .plugin import build
 
 # Both are bilinear, to 299 pixels: torchmetrics' with antialiasing (its default), TensorFlow's (the first FID) without.

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ....gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError
 
 
 def build(setting: str, name: str, weights: Path | None) -> Any:

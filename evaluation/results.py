@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ...gcfg.errors import GuidanceError
-from ..data.images import find_images
-from ..files import whole_file
+from ..gcfg.errors import GuidanceError
+from ..training.data.images import find_images
+from ..training.files import whole_file
 
 FORMAT = 1
 _PACKAGES = ("comfyui_gcfg", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...gcfg.errors import GuidanceError
+from ..gcfg.errors import GuidanceError
 from .abtest import Trial
 from .config import Config
 from .images import read_image_of
