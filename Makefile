@@ -41,7 +41,9 @@ demo: $(READY)
 	$(PYTHON) -m comfyui_gcfg.demo
 
 # Two processes, a file's tests in one of them: each has models of its own, so more of them would need more memory.
+# The editor's are run where there is a browser, or where one can be brought.
 test: $(READY)
+	@$(PYTHON) -m comfyui_gcfg.testkit.browser
 	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 reproduce: $(READY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,18 +11,9 @@ from typing import Any
 
 from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
 
+from .browser import FLAGS, find_browser
 from .errors import CommandError
 from .server import Server
-
-_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 _READY = """() => window.app?.graph && window.app.canvas && window.LiteGraph?.registered_node_types?.GCFGKSampler
   && (!window.app.extensionManager || window.app.extensionManager.workflow?.activeWorkflow)"""
@@ -85,15 +75,15 @@ class Editor:
             settings["Comfy.VueNodes.Enabled"] = True
         file = self.server.work / "user" / "default" / "comfy.settings.json"
         file.write_text(json.dumps(settings), encoding="utf-8")
+        browser = find_browser()
         self._playwright = sync_playwright().start()
         try:
             width, height = self.size
             self._browser = self._playwright.chromium.launch_persistent_context(
                 self.profile,
-                # None: Playwright's own, or its advice how to install it
-                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+                executable_path=browser,  # None: Playwright's own, or its advice how to install it
                 headless=True,
-                args=_FLAGS,
+                args=list(FLAGS),
                 viewport={"width": width, "height": height},
                 permissions=["clipboard-read", "clipboard-write"],
             )

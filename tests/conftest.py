@@ -87,3 +87,16 @@ def pytest_report_header() -> str:
     path = under_test()
     version = "pip-packaged" if path is None else (path / "comfyui_version.py").read_text().split('"')[-2]
     return f"ComfyUI under test: {version}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """One line, the last, for the editor's tests where no browser ran them."""
+    yield
+    from comfyui_gcfg.testkit.browser import ADVICE, NO_BROWSER
+
+    skipped = terminalreporter.stats.get("skipped", [])
+    left = [report.nodeid for report in skipped if NO_BROWSER in str(report.longrepr)]
+    names = dict.fromkeys(node.rpartition("::")[2].partition("[")[0] for node in left)
+    if names:
+        terminalreporter.write_line(f"{len(left)} left out, since {NO_BROWSER}: {', '.join(names)}; {ADVICE}.")

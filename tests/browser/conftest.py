@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from comfyui_gcfg.testkit.browser import NO_BROWSER, find_browser
 from comfyui_gcfg.testkit.editor import Editor
 from comfyui_gcfg.testkit.server import Server
 
@@ -22,7 +23,14 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def server(work_folder, comfyui_path):
+def browser():
+    """A Chromium that starts; `make test` brings one where it can."""
+    if find_browser() is None:
+        pytest.skip(NO_BROWSER)
+
+
+@pytest.fixture(scope="session")
+def server(browser, work_folder, comfyui_path):
     work = work_folder("browser")
     with Server(work, comfyui=comfyui_path) as running:
         yield running

@@ -407,6 +407,7 @@ FAMILIES = {
         },
         (7, 20),
         [(128, 4, 4)],
+        (1, 24),  # which it does not read, but 0.8.0 asks for
     ),
     "chroma": Family(
         "Flux",
@@ -428,6 +429,7 @@ FAMILIES = {
         },
         (7, 20),
         [(16, 8, 8)],
+        (1, 24),
     ),
     "hunyuan_image21": Family(
         "Flux",
