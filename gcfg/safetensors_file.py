@@ -19,7 +19,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _LONGEST_HEADER = 100_000_000  # by the format: a greater length means some other kind of file
 
 # The file's name is no part of it: whoever pastes a command into a shell would run what the name says.
-CONVERT = "expected .safetensors; run `gcfg convert FILE` with this file (training/README.md tells how to install it)."
+CONVERT = "expected .safetensors; run `gcfg convert FILE` with this file (docs/training.md tells how to install it)."
 
 
 class LazyStateDict(Mapping[str, Tensor]):

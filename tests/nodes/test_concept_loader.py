@@ -388,7 +388,7 @@ def test_a_pickle_is_refused_unopened(loader, folders):
             f"Load Concept UNet: unet_name {name!r} is a pickle, which can run any code when opened; expected "
             ".safetensors; "
         )
-        assert message.endswith("run `gcfg convert FILE` with this file (training/README.md tells how to install it).")
+        assert message.endswith("run `gcfg convert FILE` with this file (docs/training.md tells how to install it).")
 
 
 def test_a_file_that_lacks_a_layer_is_not_loaded_in_silence(loader, folders, state_dict):

@@ -130,7 +130,7 @@ def test_a_pickle_is_not_opened_and_no_command_has_its_name_in_it(tmp_path, name
     torch.save({"state_dict": {"a": torch.ones(3)}}, path, _use_new_zipfile_serialization=zipped)
     assert refusal(path) == (
         f"Error: gcfg inspect: {str(path)!r} is a pickle, which can run any code when opened; expected .safetensors; "
-        "run `gcfg convert FILE` with this file (training/README.md tells how to install it).\n"
+        "run `gcfg convert FILE` with this file (docs/training.md tells how to install it).\n"
     )
 
 
