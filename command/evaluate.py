@@ -142,7 +142,7 @@ def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluatio
         except ModuleNotFoundError as error:
             raise GuidanceError(
                 f"gcfg evaluate needs {error.name}, which was not found; install it with: pip install "
-                "'comfyui_gcfg[evaluate]'"
+                "'gcfg-guidance[evaluate]'"
             ) from error
         evaluation = Evaluation(settings)
         with evaluation.alone():

@@ -15,7 +15,7 @@ try:
     from .evaluate import app as evaluate
 except ModuleNotFoundError as error:  # the nodes do not need them, so the plain install leaves them out
     raise SystemExit(
-        f"gcfg needs {error.name}, which was not found; install it with: pip install 'comfyui_gcfg[train]'"
+        f"gcfg needs {error.name}, which was not found; install it with: pip install 'gcfg-guidance[train]'"
     ) from error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

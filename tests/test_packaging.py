@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from pathspec import GitIgnoreSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,9 +136,30 @@ def test_the_registry_fields_are_valid(project):
     assert comfy.get("Icon", "") == "" or re.match(r"https://.+\.(svg|png|jpg|gif)$", comfy["Icon"])
     assert len(metadata["name"]) < 100
     assert re.fullmatch(r"[a-z](?:[-_.]?[a-z0-9]+)*", metadata["name"])
+    assert "comfyui" not in metadata["name"]
+    accelerators = {"NVIDIA CUDA", "AMD ROCm", "Intel Arc", "Apple Metal"}
+    assert {f"Environment :: GPU :: {name}" for name in accelerators} <= set(metadata["classifiers"])
+    assert "Operating System :: OS Independent" in metadata["classifiers"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", metadata["version"])
     supported = SpecifierSet(comfy["requires-comfyui"])
-    assert all(version in supported for version in ("0.0.1", "0.3.29", "0.3.64", "0.8.0", "0.29.0"))
+    assert all(version in supported for version in ("0.0.1", "0.3.29", "0.3.64", "0.8.0", "0.29.0", "0.33.0"))
+
+
+def test_the_registry_archive_is_small_and_whole(tmp_path):
+    """What `comfy node pack` would send: git's files without those of .comfyignore, at most 2 MB."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    ignore = GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    sent = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file() and not ignore.match_file(name)]
+    assert shipped() <= set(sent)
+    tops = {name.partition("/")[0] for name in sent}
+    assert tops & {"tests", "testkit", "demo", "benchmarks", "reproduction", "requirements"} == set()
+    assert {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "docs"} <= tops
+    with zipfile.ZipFile(tmp_path / "node.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sent:
+            archive.write(ROOT / name, name)
+    assert (tmp_path / "node.zip").stat().st_size <= 2_000_000
 
 
 def test_the_tools_and_the_trainer_are_extras(project):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from comfyui_gcfg.demo.english import names as english_names
 from comfyui_gcfg.testkit import model_files, prompts
 from comfyui_gcfg.testkit.workflow import choices, input_specs, is_widget, problems, to_prompt
 
@@ -97,7 +98,16 @@ def test_the_page_leads_to_the_paper_and_to_a_workflow_that_is_there(node, langu
         assert named == set(re.findall(r"\*\*([\w-]+)\*\*", english))
 
 
-# --- Chinese names and tooltips
+# --- English and Chinese names and tooltips
+
+
+def test_the_english_names_are_those_of_the_live_nodes(client):
+    """Written by demo/english.py; the Chinese ones stand beside them in the same form."""
+    ours = {name: info for name, info in client.object_info.items() if name.startswith("GCFG")}
+    if any("output_tooltips" not in info for info in ours.values()):
+        pytest.skip("this ComfyUI tells no tooltips of outputs")
+    stored = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert stored == {name: english_names(info) for name, info in ours.items()}
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +135,10 @@ def test_every_input_and_output_has_a_chinese_name_and_tooltip(client, chinese, 
     assert not set("|@{}<$") & set("".join([said["display_name"], said["description"], *names, *tooltips]))
 
 
-def test_the_editor_is_given_the_chinese_names(get, chinese):
+def test_the_editor_is_given_the_names(get, chinese):
     answer = get("/i18n")
     if answer is not None:
+        assert set(NODES) <= set(answer["en"]["nodeDefs"])
         ours = {node: names for node, names in answer["zh"]["nodeDefs"].items() if node.startswith("GCFG")}
         assert ours == chinese
         assert answer["zh"]["nodeCategories"]["GCFG"]

@@ -344,7 +344,7 @@ def test_a_missing_library_is_named_with_its_extra(evaluation_file, monkeypatch)
     monkeypatch.setitem(sys.modules, "comfyui_gcfg.evaluation.run", None)
     told = gcfg("fid", evaluation_file())
     assert told.exit_code == 1
-    assert "install it with: pip install 'comfyui_gcfg[evaluate]'" in told.output
+    assert "install it with: pip install 'gcfg-guidance[evaluate]'" in told.output
 
 
 def test_one_method_alone(evaluation_file, tmp_path):
