@@ -11,7 +11,6 @@ from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime.guider import GCFGGuider
 from ..nodes.runtime.lanes import BASE, Lane, predict
 from ..nodes.runtime.null_text import patch_null_text
-from ..nodes.runtime.sharing import addresses
 from .bench import Bench, Step
 from .figures import Figure
 from .timing import Times, interleave, ratio
@@ -39,7 +38,7 @@ def figures(bench: Bench) -> list[Figure]:
         times.update(interleave(calls, bench.repeats, bench.clock, "null text"))
 
     bench.inside_run(terms, body)
-    whole, rest = (sum(addresses(p.model).values()) for p in (bench.prior, bench.concept))
+    whole, rest = (sum(p.nbytes for p in patcher.model.parameters()) for patcher in (bench.prior, bench.concept))
     counts = [sum(p.numel() for p in patcher.model.parameters()) for patcher in (bench.prior, bench.concept)]
     return [
         Figure.spread(

@@ -75,7 +75,6 @@ class Report:
         peak_loading: of it, before sampling begins.
         weights: used by both models.
         activations: of one stock step.
-        equal_shared: bytes freed by sharing where the prior's file is loaded a second time.
         concept: of the concept model's weights.
         concept_fp8: of the same in fp8.
         error_concept_fp8: with the concept model in fp8.
@@ -86,7 +85,6 @@ class Report:
     peak_loading: int
     weights: int
     activations: int
-    equal_shared: int
     concept: int
     concept_fp8: int | None = None
     error_concept_fp8: float | None = None
@@ -120,13 +118,6 @@ def figures(bench: Bench) -> list[Figure]:
             goal=GOAL,
             note=f"{report.peak / 1e6:,.0f} MB ({report.peak_loading / 1e6:,.0f} MB while loading); weights "
             f"{report.weights / 1e6:,.0f} MB, activations {report.activations / 1e6:,.0f} MB",
-        ),
-        Figure(
-            "shared_mb",
-            "memory freed where two models have equal weights",
-            report.equal_shared / 1e6,
-            "MB",
-            note="the prior's file loaded a second time",
         ),
     ]
     if report.concept_fp8 is None or report.error_concept_fp8 is None or report.error_all_fp8 is None:
@@ -164,10 +155,7 @@ def measure(job: Job) -> Report:
         plain = _sample(bench, *models)
     weights = sum(_weights(*models).values())
     activations = round(statistics.median(_activations(bench, memory) for _ in range(3)))
-    shared = _shared(bench)
-    return Report(
-        whole[0] - start, loading[0] - start, weights, activations, shared, _size(models[1]), **_fp8(bench, plain)
-    )
+    return Report(whole[0] - start, loading[0] - start, weights, activations, _size(models[1]), **_fp8(bench, plain))
 
 
 class Memory:
@@ -241,19 +229,11 @@ def _activations(bench: Bench, memory: Memory) -> int:
 
 
 def _weights(*models: Any) -> dict[int, int]:
-    from ..nodes.runtime.sharing import addresses
-
-    return {at: size for model in models for at, size in addresses(model.model.diffusion_model).items()}
+    return {p.data_ptr(): p.nbytes for model in models for p in model.model.diffusion_model.parameters()}
 
 
 def _size(model: Any) -> int:
     return sum(_weights(model).values())
-
-
-def _shared(bench: Bench) -> int:
-    from ..nodes.runtime.sharing import share_equal
-
-    return share_equal([bench.prior, bench.load_prior()])
 
 
 def _fp8(bench: Bench, plain: Tensor) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..gcfg.terms import GuidanceTerm
 from ..nodes.runtime import guider
 from ..nodes.runtime.clones import separate
-from ..nodes.runtime.sharing import addresses
 from .bench import SCALE, Bench, unload_all
 from .figures import Figure
 from .files import RANK
@@ -54,8 +53,8 @@ def _cost(bench: Bench, make: Callable[[Bench], Any]) -> Cost:
     seconds = bench.clock.time(lambda: made.append(make(bench)))
     management.load_models_gpu([bench.prior, made[0]])
     memory = used(bench.clock.device) - before
-    shared = addresses(base)
-    unshared = sum(size for at, size in addresses(made[0].model).items() if at not in shared)
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    unshared = sum(p.nbytes for p in made[0].model.parameters() if p.data_ptr() not in shared)
     return Cost(seconds, memory, unshared)
 
 

@@ -22,7 +22,6 @@ from .lanes import BASE, FIRST, PREDICT, Lane
 from .live import Watch
 from .loading import load_lanes
 from .run import Run
-from .sharing import share_equal
 from .term_guider import TermGuider, Weight
 
 _OF_STOCK_RUN = ("conds", "inner_model", "loaded_models")  # which stock sampling lets go of after a good run only
@@ -235,7 +234,6 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         patchers = [versions.without_dynamic_hooks(g.patcher, c) for (g, _), c in zip(groups, conds, strict=True)]
         in_place = any(map(versions.has_weight_hooks, [self.original_conds, *conds]))
         patchers = separate([self.model_patcher, *patchers], in_place)
-        share_equal(patchers)
         lanes = []
         for patcher, (_, places), entries in zip(patchers[1:], groups, conds, strict=True):
             keys = list(dict.fromkeys(self.keys[place] for place in places))

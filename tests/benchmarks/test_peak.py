@@ -44,4 +44,4 @@ def test_a_mapped_file_is_not_counted(tmp_path):
 
 
 def test_the_ratio_is_over_weights_and_activations():
-    assert Report(105, 90, weights=80, activations=20, equal_shared=0, concept=40).ratio == 1.05
+    assert Report(105, 90, weights=80, activations=20, concept=40).ratio == 1.05

@@ -1,74 +1,19 @@
-"""Memory: equal weights are kept once, and what is shared stays two models."""
+"""Memory: too little of it changes nothing, and what is not used is not loaded."""
 
 import functools
-import gc
 import logging
 
 import pytest
 import torch
-from comfyui_gcfg.benchmarks.memory import used
 from comfyui_gcfg.gcfg.concept_file import compact, features, fold
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.testkit.models import lora_state_dict, null_text_features
 from safetensors.torch import load_file, save_file
 
-QUERY = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"  # among what a LoRA changes
-TRAINED = ("attn2.to_k.weight", "attn2.to_v.weight")  # by Custom Diffusion
 
-
-@pytest.fixture(scope="module")
-def tuned(weights):
-    """The weights of a model that Custom Diffusion made of the prior: all but a few are the prior's."""
-    other = weights("sd15", 1)
-    return {key: other[key] if key.endswith(TRAINED) else value for key, value in weights("sd15", 0).items()}
-
-
-@pytest.fixture
-def pair(load_unet, weights, tuned):
-    """Prior and tuned model, freshly loaded and in memory of their own."""
-    return load_unet(weights("sd15", 0)), load_unet(tuned)
-
-
-@pytest.fixture
-def run(gcfg, prompt):
-    """Prior and tuned model in one run of two steps."""
-
-    def go(prior, model, conditioning=None):
-        terms = [
-            GuidanceTerm(3.0, conditioning=conditioning or prompt(1)),
-            GuidanceTerm(2.0, model=model, conditioning=prompt(2)),
-        ]
-        return gcfg(prior, prompt(0), terms, {"samples": torch.zeros(1, 4, 8, 8)}, steps=2)
-
-    return go
-
-
-@pytest.fixture
-def unshared(monkeypatch):
-    """Call something as if there were no sharing."""
-    from comfyui_gcfg.nodes.runtime import guider
-
-    def call(function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(guider, "share_equal", lambda patchers: 0)
-            return function(*args)
-
-    return call
-
-
-def held(*models):
-    """Bytes of the models' parameters, each address once."""
-    from comfyui_gcfg.nodes.runtime.sharing import addresses
-
-    found = {}
-    for model in models:
-        found |= addresses(model.model.diffusion_model)
-    return sum(found.values())
-
-
-def values(model):
-    """A model's weights, copied without touching them."""
-    return {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+def held(model):
+    """Bytes of a model's parameters."""
+    return sum(parameter.nbytes for parameter in model.model.diffusion_model.parameters())
 
 
 def same(a, b):
@@ -79,156 +24,6 @@ def with_lora(comfy, weights, model, seed):
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights("sd15", 0), seed), 1.0, 0.0)
     assert patched.patches
     return patched
-
-
-def test_equal_weights_are_kept_once_and_the_result_is_the_same(
-    pair, run, unshared, weights, tuned, load_unet, comfy, caplog
-):
-    prior, model = pair
-    each, changed = held(prior), sum(v.nbytes for k, v in tuned.items() if k.endswith(TRAINED))
-    assert held(model) == each
-    expected = unshared(run, prior, model)
-    assert held(prior, model) == 2 * each, "without sharing each has its own"
-    before = used(torch.device("cpu"))
-    with caplog.at_level(logging.INFO):
-        got = run(prior, model)
-    assert held(prior, model) == each + changed
-    freed = before - used(torch.device("cpu"))
-    assert freed > 0.9 * (each - changed), "and the system has it back"
-    said = f"GCFG: models of this run have equal weights, which now share {(each - changed) / 1e6:.1f} MB."
-    assert caplog.messages.count(said) == 1
-    assert torch.equal(got, expected)
-    assert same(values(prior), weights("sd15", 0))
-    assert same(values(model), tuned)
-    assert torch.equal(run(prior, model), expected)
-    assert held(prior, model) == each + changed, "evaluating does not end it"
-
-
-def test_three_loads_of_one_file_are_one(load_unet, weights, run):
-    models = [load_unet(weights("sd15", 0)) for _ in range(3)]
-    from comfyui_gcfg.nodes.runtime.sharing import share_equal
-
-    each = held(models[0])
-    assert share_equal(models) == 2 * each
-    assert held(*models) == each
-    assert share_equal(models) == 0
-
-
-def test_a_second_run_compares_nothing(pair, run, monkeypatch):
-    from comfyui_gcfg.nodes.runtime import sharing
-
-    run(*pair)
-    monkeypatch.setattr(sharing, "_equal", lambda a, b: pytest.fail("compared again"))
-    run(*pair)
-
-
-def test_only_the_same_bits_are_shared(load_unet, weights):
-    """A tensor that differs in one value, in the sign of a zero, in dtype or layout keeps its memory."""
-    from comfyui_gcfg.nodes.runtime.sharing import share_equal
-
-    first, second = load_unet(weights("sd15", 0)), load_unet(weights("sd15", 0))
-    a, b = (dict(model.model.diffusion_model.named_parameters()) for model in (first, second))
-    with torch.no_grad():
-        b["out.2.weight"].view(-1)[-1] += 1
-        b["out.2.bias"].neg_()
-        assert torch.equal(a["out.2.bias"], b["out.2.bias"]), "0 == -0"
-        b["time_embed.0.bias"].data = b["time_embed.0.bias"].data.double()
-        b["input_blocks.0.0.weight"].data = b["input_blocks.0.0.weight"].data.to(memory_format=torch.channels_last)
-    share_equal([first, second])
-    from comfyui_gcfg.nodes.runtime.sharing import addresses
-
-    own = set(addresses(second.model.diffusion_model)) - set(addresses(first.model.diffusion_model))
-    apart = {name for name, parameter in b.items() if torch._C._data_address(parameter) in own}
-    assert apart == {"out.2.weight", "out.2.bias", "time_embed.0.bias", "input_blocks.0.0.weight"}
-
-
-@pytest.mark.parametrize("which", ["prior", "model"])
-def test_a_lora_changes_its_own_model_only(pair, run, unshared, comfy, weights, tuned, load_unet, which):
-    """On either of two models that share, patched out of place and in place."""
-    fresh = load_unet(weights("sd15", 0)), load_unet(tuned)
-    run(*pair)
-
-    def patched(prior, model):
-        change = prior if which == "prior" else model
-        lora = with_lora(comfy, weights, change, 1)
-        return run(lora, model) if which == "prior" else run(prior, lora)
-
-    expected = unshared(patched, *fresh)
-    for in_place in (False, True):
-        for model in pair:
-            model.weight_inplace_update = in_place
-        assert torch.equal(patched(*pair), expected), f"in place: {in_place}"
-    comfy.model_management.unload_all_models()
-    assert same(values(pair[0]), weights("sd15", 0))
-    assert same(values(pair[1]), tuned)
-
-
-def test_weight_hooks_write_into_their_own_model_only(pair, run, unshared, comfy, weights, tuned, load_unet, prompt):
-    """They write in place while both models are at work."""
-    try:
-        import comfy.hooks
-    except ModuleNotFoundError:
-        pytest.skip("this ComfyUI has no hooks")
-    group = comfy.hooks.create_hook_lora(lora_state_dict(weights("sd15", 0), 1), 1.0, 0.0)
-    hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), group)
-    expected = unshared(run, load_unet(weights("sd15", 0)), load_unet(tuned), hooked)
-    plain = run(*pair)
-    seen = []
-
-    def look(*_):
-        clean = weights("sd15", 0)[QUERY], tuned[QUERY]
-        seen.append(tuple(torch.equal(values(model)[QUERY], value) for model, value in zip(pair, clean, strict=True)))
-
-    handle = pair[0].model.diffusion_model.out.register_forward_pre_hook(look)
-    assert torch.equal(run(*pair, hooked), expected)
-    handle.remove()
-    assert not torch.equal(expected, plain), "the hook does something"
-    assert (False, True) in seen, "the prior's weight was hooked"
-    assert (False, False) not in seen, "and the other model's with it"
-    comfy.model_management.unload_all_models()
-    assert same(values(pair[0]), weights("sd15", 0))
-    assert same(values(pair[1]), tuned)
-    assert torch.equal(run(*pair), plain)
-
-
-def test_any_write_ends_the_sharing_of_that_weight(pair, run, weights, tuned):
-    run(*pair)
-    before = held(*pair)
-    with torch.no_grad():
-        weight = pair[0].model.diffusion_model.out[2].weight
-        weight.add_(1)
-    assert held(*pair) == before + weight.nbytes
-    assert same(values(pair[1]), tuned)
-
-
-def test_unloading_deleting_and_running_alone(pair, run, stock, prompt, latent, comfy, load_unet, weights, tuned):
-    prior, model = pair
-    alone = [stock(load_unet(sd), prompt(1), prompt(0), latent, steps=2) for sd in (weights("sd15", 0), tuned)]
-    together = run(prior, model)
-    comfy.model_management.unload_all_models()
-    assert torch.equal(stock(prior, prompt(1), prompt(0), latent, steps=2), alone[0])
-    assert torch.equal(stock(model, prompt(1), prompt(0), latent, steps=2), alone[1])
-    assert torch.equal(run(prior, model), together)
-    del prior, pair
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    assert torch.equal(stock(model, prompt(1), prompt(0), latent, steps=2), alone[1])
-
-
-def test_models_that_comfyui_moves_or_streams_are_left_alone(pair, monkeypatch):
-    from comfyui_gcfg.nodes.runtime import sharing
-
-    apart = 2 * held(pair[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(pair[1], "load_device", torch.device("cuda"))
-        assert sharing.share_equal(pair) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sharing, "is_dynamic", lambda patcher: patcher is pair[1])
-        assert sharing.share_equal(pair) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sharing, "_lazy_clone", None)
-        assert sharing.share_equal(pair) == 0
-    assert held(*pair) == apart
 
 
 SCALE = 4  # the small models count as so many times larger, because versions always load 64 or 128 MB
