@@ -167,7 +167,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     taken: set[int] = set()
     found = {}
     for key, tensor in tensors.items():
-        tensor, memory = tensor.detach(), tensor.untyped_storage()
+        tensor = tensor.detach().resolve_conj().resolve_neg()  # which torch keeps as a note beside the memory
+        memory = tensor.untyped_storage()
         whole = tensor.is_contiguous() and memory.nbytes() == tensor.numel() * tensor.element_size()
         copied = not whole or memory.data_ptr() in taken
         found[key] = tensor.clone(memory_format=torch.contiguous_format) if copied else tensor

@@ -79,7 +79,8 @@ def factor_of_delta(
         (N, 1, *spatial), or (N, 1, L) for several streams.
 
     Raises:
-        GuidanceError: if a stream is unknown, there are more masks than streams, or a masked stream is no picture.
+        GuidanceError: if a stream is unknown or named twice, there are more masks than streams, or a masked stream is
+            no picture.
     """
     streams = stream_names(shapes)
     for stream in stream_weights:
@@ -87,6 +88,13 @@ def factor_of_delta(
             known = " or ".join(names[0] for names in streams)
             raise GuidanceError(
                 f"{name}: stream_weights names '{short(stream)}', expected {known}, as the latent holds; correct it."
+            )
+    for names in streams:
+        given = [stream for stream in names if stream in stream_weights]
+        if len(given) > 1:
+            raise GuidanceError(
+                f"{name}: stream_weights names one stream twice, as {' and as '.join(given)}, expected once; delete "
+                f"one."
             )
     if len(masks) > len(shapes):
         raise GuidanceError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..gcfg.curves import CURVES, make_curve
 from ..gcfg.streams import parse_stream_weights
-from ..gcfg.terms import GuidanceTerm
+from ..gcfg.terms import GuidanceTerm, label_text
 from .inputs import checked
 from .sockets import TERMS
 
@@ -123,7 +123,7 @@ class GCFGGuidanceTerm:
         stream_weights: str = "",
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Append one term to `terms`."""
-        label = label.strip()
+        label = label_text(label)
         name = f"Guidance Term '{label}'" if label else "Guidance Term"
         shape = make_curve(curve, end_weight, points, name)
         streams = parse_stream_weights(stream_weights, name)

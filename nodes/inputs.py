@@ -49,7 +49,7 @@ _KINDS = {
     "VAE": _Kind(lambda v: hasattr(v, "decode"), "a VAE", "connect a Load VAE node where the checkpoint holds none"),
     "CONDITIONING": _Kind(_is_conditioning, "a prompt", "connect a CLIP Text Encode node"),
     "LATENT": _Kind(
-        lambda v: isinstance(v, dict) and hasattr(v.get("samples"), "shape"),
+        lambda v: isinstance(v, dict) and len(getattr(v.get("samples"), "shape", ())) > 2,  # batch and channels first
         "a latent image",
         "connect an Empty Latent Image or a VAE Encode node",
     ),

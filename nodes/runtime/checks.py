@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,16 +14,10 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
 from . import placing
 from .clones import called
+from .failures import width_error
 from .lanes import BASE, covers
 from .latents import latent_shapes, streams
 
-# How layers say that what they were given is of another width than theirs.
-_SHAPES_IN_ERRORS = (
-    re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"),
-    re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*\D(?P<got>\d+)\]"),
-    re.compile(r"tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<expected>\d+)\)"),
-    re.compile(r"Expected size (?P<got>\d+) but got size (?P<expected>\d+)"),
-)
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
 
 
@@ -69,22 +62,6 @@ def check_latent(node: str, base: Any, latent_image: Any) -> None:
                 f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
                 f"with; encode the image with the VAE of this model."
             )
-
-
-def wrong_width(node: str, error: BaseException, unconditional: Any, plan: GuidancePlan) -> GuidanceError | None:
-    """What to say of a model that failed on the shape of a conditioning; None where it failed on something else.
-
-    Transformers read their text in many ways, and no configuration says how wide it has to be: the failed layer does.
-    """
-    said = next(filter(None, (pattern.search(str(error)) for pattern in _SHAPES_IN_ERRORS)), None)
-    if not isinstance(error, RuntimeError) or said is None:
-        return None
-    conditionings = [(f"{node}: unconditional", unconditional)]
-    conditionings += [(f"Guidance Term '{s.label}': conditioning", s.term.conditioning) for s in plan.terms]
-    for name, conditioning in conditionings:
-        if any(tensor is not None and tensor.shape[-1] == int(said["got"]) for tensor, _ in conditioning or ()):
-            return _width_error(name, said["got"], said["expected"])
-    return None
 
 
 def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recorder | None = None) -> bool:
@@ -147,11 +124,12 @@ def warn_nowhere(plan: GuidancePlan) -> None:
     """Say which terms have a mask (or stream weights) that leaves nothing of them."""
     for scheduled in plan.terms:
         if scheduled.off:
+            masked = bool(scheduled.term.masks) and not any(bool(mask.any()) for mask in scheduled.term.masks)
             logging.warning(
-                "Guidance Term '%s': its %s is zero everywhere, so the term does nothing; paint the region where it "
-                "should act, or disconnect it.",
+                "Guidance Term '%s': its %s zero everywhere, so the term does nothing; %s.",
                 scheduled.label,
-                "mask" if scheduled.term.masks else "stream_weights",
+                "mask is" if masked else "stream_weights are",
+                "paint the region where it should act, or disconnect it" if masked else "give a stream another weight",
             )
 
 
@@ -246,11 +224,4 @@ def _check_conditioning(name: str, conditioning: Any, model: Any) -> None:
         if tensor is None:
             raise GuidanceError(f"{name} holds no text, which this model reads; connect a CLIP Text Encode node.")
         if tensor.shape[-1] != expected:
-            raise _width_error(name, tensor.shape[-1], expected)
-
-
-def _width_error(name: str, got: Any, expected: Any) -> GuidanceError:
-    return GuidanceError(
-        f"{name} is {got} wide, expected {expected} for this model; encode the prompt with the CLIP that belongs to "
-        f"the model."
-    )
+            raise width_error(name, tensor.shape[-1], expected)

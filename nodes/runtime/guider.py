@@ -14,7 +14,7 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.steps import Steps
 from ...gcfg.terms import GuidanceTerm
-from . import checks, further, latents, placing, versions, wrapping
+from . import checks, failures, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
 from .keys import Group, first_named, grouped, keyed, lasting_pair, ranged
@@ -98,9 +98,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
-            width = checks.wrong_width(self.node, error, self.unconditional, self.plan)
-            if width is not None:
-                raise width from error
+            why = failures.explained(self.node, error, self.model_patcher, latent_image, self.unconditional, self.plan)
+            if why is not None:
+                raise why from error
             raise
         finally:
             self.watch.end(recorder)

@@ -96,14 +96,14 @@ def register() -> None:
 
 
 async def _body(request: Any) -> bytes:
-    """The body of a request; nothing where it is too large or cannot be unpacked."""
+    """The body of a request; nothing where it is too large, cannot be unpacked, or nobody waits any more."""
     from aiohttp import ClientError, http_exceptions, web
 
     data = bytearray()
     try:
         while len(data) <= MAX_BODY and not request.content.at_eof():
             data += await request.content.readany()
-    except (ClientError, http_exceptions.HttpProcessingError, web.RequestPayloadError):
+    except (ClientError, ConnectionError, http_exceptions.HttpProcessingError, web.RequestPayloadError):
         return b""
     return bytes(data) if len(data) <= MAX_BODY else b""
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import threading
 import time
 
@@ -130,6 +131,17 @@ def test_a_body_that_cannot_be_unpacked(client, encoding):
     except requests.ConnectionError:
         pass
     assert client.request("POST", "/gcfg/curve", data=json.dumps(CURVE)).ok
+
+
+def test_a_question_that_nobody_waits_for_any_more(client, server):
+    """Its end never comes, and the log keeps quiet about it."""
+    host, port = client.url.removeprefix("http://").split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /gcfg/prompt HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.2)
+    assert client.request("POST", "/gcfg/curve", data=json.dumps(CURVE)).ok
+    assert "Error handling request" not in server.log_file.read_text(encoding="utf-8")
 
 
 def test_a_body_that_unpacks_to_more_than_the_cap(client):

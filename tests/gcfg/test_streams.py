@@ -55,6 +55,13 @@ def test_an_unknown_stream_is_refused():
     )
 
 
+def test_a_stream_is_named_by_its_kind_or_by_its_number():
+    for weights in ({"1": 1.0, "video": 0.5}, {"video": 0.5, "audio": 2.0, "1": 1.0}):
+        assert refused(factor_of_delta, (), weights, [VIDEO, AUDIO], NAME) == (
+            "Guidance Term '2': stream_weights names one stream twice, as video and as 1, expected once; delete one."
+        )
+
+
 def test_weights_multiply_their_stream():
     for weights in ({"video": 2.0, "audio": 0.5}, {"1": 2.0, "2": 0.5}):
         video, audio = parts(factor_of_delta((), weights, [VIDEO, AUDIO], NAME))

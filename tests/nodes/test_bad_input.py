@@ -174,6 +174,21 @@ def test_a_mask_of_zeros_switches_its_term_off(
     assert torch.equal(got, gcfg(prior, prompt(0), other or [GuidanceTerm(0.0, conditioning=prompt(1))], latent))
 
 
+def test_stream_weights_of_zero_switch_their_term_off(term_node, gcfg, prior, concept, prompt, latent, caplog):
+    (terms,) = term_node(2.0, 0.0, 1.0, concept, prompt(2), torch.ones(1, 64, 64), stream_weights="image: 0")
+    gcfg(prior, prompt(0), terms, latent)
+    assert (
+        "Guidance Term '1': its stream_weights are zero everywhere, so the term does nothing; give a stream another "
+        "weight."
+    ) in caplog.messages
+
+
+def test_a_long_label_is_cut_in_errors(term_node):
+    said = refused(term_node, 1.0, 0.0, 1.0, label="\ud83d" * 100_000, curve="points", points="x")
+    assert said.startswith(r"Guidance Term '\ud83d\ud83d")
+    assert len(said) < 400
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 4, 0, 8)])
 def test_a_latent_that_holds_nothing(gcfg, prior, prompt, shape):
     assert refused(

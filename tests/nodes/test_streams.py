@@ -204,3 +204,59 @@ def test_text_of_another_width(gcfg, name, width):
     with pytest.raises(GuidanceError) as error:
         gcfg(model, wrong, [GuidanceTerm(2.0, conditioning=family.conditioning(0))], **settings)
     assert str(error.value) == f"GCFG KSampler: unconditional {told} model."
+
+
+READS_POOLED = ["sdxl", "cascade_c", "sd3", "hidream", "kandinsky5"]
+
+
+@pytest.mark.parametrize("name", READS_POOLED)
+def test_pooled_output_of_another_width(gcfg, name):
+    family, model = FAMILIES[name], built(name, 0)
+    expected = family.pooled[-1]
+    [[text, options]] = family.conditioning(1)
+    wrong = [[text, {**options, "pooled_output": normal((*family.pooled[:-1], expected + 8), 4)}]]
+    with pytest.raises(GuidanceError) as error:
+        gcfg(model, family.conditioning(0), [GuidanceTerm(2.0, conditioning=wrong)], family.latent(), **SETTINGS)
+    assert str(error.value) == (
+        f"Guidance Term '1': conditioning: its pooled output is {expected + 8} wide, expected {expected} for this "
+        f"model; encode the prompt with the CLIP that belongs to the model."
+    )
+
+
+@pytest.mark.parametrize("name", [*READS_POOLED, "hunyuan_video"])
+def test_no_pooled_output(gcfg, name):
+    family, model = FAMILIES[name], built(name, 0)
+    [[text, options]] = family.conditioning(1)
+    without = [[text, {key: value for key, value in options.items() if key != "pooled_output"}]]
+    with pytest.raises(GuidanceError) as error:
+        gcfg(model, without, [GuidanceTerm(2.0, conditioning=family.conditioning(0))], family.latent(), **SETTINGS)
+    assert str(error.value) == (
+        "GCFG KSampler: unconditional has no pooled output, expected one, which this model reads beside the text; "
+        "encode the prompt with the CLIP that belongs to the model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "expected"),
+    [
+        ("sd15", "wan21", "(batch, channels, height, width) with 4"),
+        ("sd15", "stable_audio", "(batch, channels, height, width) with 4"),
+        ("sd15", "ltxav", "(batch, channels, height, width) with 4"),
+        ("zimage", "ltxv", "(batch, channels, height, width) with 16"),
+        ("wan21", "ltxav", "(batch, channels, frames, height, width) with 16"),
+        ("ltxav", "stable_audio", "(batch, channels, frames, height, width) with 128"),
+        ("stable_audio", "sd15", "(batch, channels, length) with 64"),
+    ],
+)
+def test_a_latent_of_another_kind(gcfg, name, other, expected):
+    """ComfyUI gives an empty latent the model's channels, not its axes."""
+    built(other, 0)  # else this ComfyUI makes no such latents
+    family, model, latent = FAMILIES[name], built(name, 0), FAMILIES[other].latent()
+    with pytest.raises(GuidanceError) as error:
+        gcfg(
+            model, family.conditioning(0), [GuidanceTerm(2.0, conditioning=family.conditioning(1))], latent, **SETTINGS
+        )
+    said = str(error.value)
+    assert said.startswith("GCFG KSampler: latent_image has shape (1, ")
+    assert f"expected {expected} channels, as the unconditional model works with, which failed on it (" in said
+    assert said.endswith("; make it with the node or the VAE that belongs to the model.")

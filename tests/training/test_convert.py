@@ -93,6 +93,16 @@ def test_weights_that_share_memory(tmp_path):
     assert_equal(load_file(tmp_path / "tied.safetensors"), {key: value.detach() for key, value in tied.items()})
 
 
+def test_numbers_that_torch_keeps_turned_around(tmp_path):
+    """A view may say that its memory is to be read as the conjugate, or with the other sign."""
+    turned = {"a": torch.tensor([1 + 2j, 3 - 1j]).conj(), "b": torch._neg_view(torch.ones(2))}
+    torch.save(turned, tmp_path / "turned.pt")
+    assert convert(tmp_path / "turned.pt").exit_code == 0
+    found = load_file(tmp_path / "turned.safetensors")
+    assert found["a"].tolist() == [1 - 2j, 3 + 1j]
+    assert found["b"].tolist() == [-1.0, -1.0]
+
+
 def test_a_file_of_the_new_name_stays_unless_it_is_asked_for(tmp_path):
     path, taken = tmp_path / "a.ckpt", tmp_path / "a.safetensors"
     torch.save(VALUES, path)
