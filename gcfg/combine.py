@@ -21,9 +21,9 @@ def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[
         denoised = base + sum_i w_i m_i (terms_i - base)        # GCFG, Cao et al. 2023, Eq. 3
 
     The coefficients sum to one, so the same formula holds for `denoised` and for `eps` at one `x` and `sigma`, and any
-    prediction may be the pivot. Without a base (its coefficient `1 - sum_i w_i` is 0) the pivot is the prediction of
-    the smallest weight, which makes two terms of weights `w` and `1 - w` exactly stock classifier-free guidance with a
-    negative prompt (Eq. 7).
+    prediction may be the base. Where the unconditional one's coefficient `1 - sum_i w_i` is 0 it is not needed, and the
+    prediction of the smallest weight is the base, which makes two terms of weights `w` and `1 - w` exactly stock
+    classifier-free guidance with a negative prompt (Eq. 7).
 
     Args:
         base: unconditional prediction, (B, C, *spatial), or None where its coefficient is 0.
@@ -37,9 +37,9 @@ def combine(base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[
         ShapeError: if shapes differ; names the term's label.
         GuidanceError: if there is nothing to combine, or the base is missing although it is needed.
     """
-    pivot, deltas = _pivot(base, predictions, terms)
-    _check_shapes(pivot, predictions, terms)
-    return _sum(pivot, ((delta(prediction, pivot, term), term.weight) for prediction, term in deltas))
+    measured_from, deltas = _base_of(base, predictions, terms)
+    _check_shapes(measured_from, predictions, terms)
+    return _sum(measured_from, ((delta(prediction, measured_from, term), term.weight) for prediction, term in deltas))
 
 
 def effective_cond(
@@ -74,14 +74,14 @@ def effective_cond(
     return _sum(base, ((delta(prediction, base, term), term.weight / scale) for prediction, term in pairs)), scale
 
 
-def delta(prediction: Tensor, pivot: Tensor, term: ActiveTerm) -> Tensor:
+def delta(prediction: Tensor, base: Tensor, term: ActiveTerm) -> Tensor:
     """A term's unweighted delta, m_i (D_i - D_0): a new tensor of the predictions' shape."""
-    difference = prediction - pivot
+    difference = prediction - base
     return difference if term.mask is None else difference.mul_(repeated(term.mask, len(difference)).to(difference))
 
 
-def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
-    """`pivot + sum_i w_i delta_i`, written into the deltas; the pivot is only read.
+def _sum(base: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """`base + sum_i w_i delta_i`, written into the deltas; the base is only read.
 
     Each product and each sum is rounded by itself, as in stock guidance: `add(..., alpha=w)`, `addcmul` and `lerp`
     would save a pass and round otherwise.
@@ -89,11 +89,11 @@ def _sum(pivot: Tensor, deltas: Iterable[tuple[Tensor, float]]) -> Tensor:
     total: Tensor | None = None
     for step, weight in deltas:
         step.mul_(weight)
-        total = step.add_(pivot) if total is None else total.add_(step)
-    return pivot if total is None else total
+        total = step.add_(base) if total is None else total.add_(step)
+    return base if total is None else total
 
 
-def pivot_index(terms: Sequence[ActiveTerm]) -> int:
+def base_index(terms: Sequence[ActiveTerm]) -> int:
     """The term that deltas are measured from where there is no unconditional prediction.
 
     It is the one of the smallest weight; of equal weights the later one, which is the negative prompt where users
@@ -109,11 +109,11 @@ def pair(terms: Sequence[ActiveTerm]) -> tuple[ActiveTerm, ActiveTerm] | None:
     """
     if len(terms) != 2 or needs_base(terms):
         return None
-    negative = pivot_index(terms)
+    negative = base_index(terms)
     return terms[1 - negative], terms[negative]
 
 
-def _pivot(
+def _base_of(
     base: Tensor | None, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]
 ) -> tuple[Tensor, list[tuple[Tensor, ActiveTerm]]]:
     """The prediction that deltas are measured from, and the (prediction, term) pairs left to add."""
@@ -127,14 +127,14 @@ def _pivot(
             f"combine: base is None, expected a prediction because its coefficient is not 0 everywhere "
             f"(the unmasked weights sum to {total_weight(terms):g}); evaluate the unconditional model."
         )
-    lowest = pivot_index(terms)
+    lowest = base_index(terms)
     return predictions[lowest], pairs[:lowest] + pairs[lowest + 1 :]
 
 
-def _check_shapes(pivot: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> None:
+def _check_shapes(base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm]) -> None:
     for prediction, term in zip(predictions, terms, strict=True):
-        if prediction.shape != pivot.shape:
+        if prediction.shape != base.shape:
             raise ShapeError(
                 f"Guidance Term '{term.label}': prediction has shape {tuple(prediction.shape)}, expected "
-                f"{tuple(pivot.shape)} like the unconditional model's; use models of one latent family."
+                f"{tuple(base.shape)} like the unconditional model's; use models of one latent family."
             )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .combine import delta, pivot_index
+from .combine import base_index, delta
 from .plan import ActiveTerm
 from .steps import Steps
 
@@ -26,11 +26,11 @@ class Reading:
         step: the sampling step at whose noise levels it is, from 1.
         sigma: noise level; as all that follows None where that is not a finite number, which JSON does not have.
         weights: each term's weight; 0 where it does not act.
-        pulls: norm of each term's weighted delta over the norm of the centre's noise prediction.
+        pulls: norm of each term's weighted delta over the norm of the base's noise prediction.
         total: the same of the whole sum, after guidance hooks.
         cosines: cosine between the weighted deltas of each pair of terms (i < j, row by row), -1 (they fight) to 1;
             None where a term does not pull.
-        centre: label of the term that is the centre where the unconditional model is not evaluated, else "".
+        centre: label of the term that is the base where the unconditional model is not evaluated, else "".
     """
 
     step: int
@@ -121,8 +121,8 @@ class Recorder:
         """
         centre = ""
         if base is None:
-            middle = pivot_index(terms)
-            base, centre = predictions[middle], terms[middle].label
+            lowest = base_index(terms)
+            base, centre = predictions[lowest], terms[lowest].label
         measured = measure(x, base, predictions, terms, denoised)
         pending = _Pending(torch.cat([sigma[:1].to(measured), measured]), tuple(terms), centre)
         if x.device.type != "cuda":
@@ -204,7 +204,7 @@ def measure(
 
     Args:
         x: noisy latent, (B, C, *spatial).
-        base: the centre's prediction, of the same shape.
+        base: the prediction that deltas are measured from, of the same shape.
         predictions: one per term.
         terms: weight and mask of each.
         denoised: the guided prediction, after hooks.

@@ -3,9 +3,9 @@
     d_i(sigma) = (D_i - D_0) / sigma = eps_0 - eps_i                # the deltas of Eq. 3, Cao et al. 2023
     d_i(sigma) ~ d_i(b) + (d_i(b) - d_i(a)) log(sigma / b) / log(b / a)         # a, b: the last two evaluations
 
-A step at which some terms are due evaluates these and the centre. A step at which none is due evaluates one prediction
+A step at which some terms are due evaluates these and the base. A step at which none is due evaluates one prediction
 only, the anchor, and every other one follows from it by the deltas: D_0 ~ D_a - sigma d_a. With a term as the anchor
-its own delta counts with w_a - 1 in place of w_a, so a term is a better anchor than the centre.
+its own delta counts with w_a - 1 in place of w_a, so a term is a better anchor than the base.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reuse:
         linear: carry deltas on along a line through the last two, in log sigma; else hold the last.
         start_percent: where in the sampling it begins, 0 (pure noise) to 1 (clean); outside the term is evaluated.
         end_percent: where it ends, at least `start_percent`.
-        align: leave the centre out at the step after one where the last two deltas of every term had at least this
+        align: leave the base out at the step after one where the last two deltas of every term had at least this
             cosine, in every sample, -1 to 1; 1 is never. (Adaptive guidance, Castillo et al. 2023, arXiv 2312.12487,
             stops for good; here it is looked at again at the next step, because deltas may turn later.)
 
@@ -79,7 +79,7 @@ class Member:
         weight: its weight.
         rule: when its delta is carried on; None: never.
         inside: whether the noise level is inside the rule's interval.
-        apart: whether it runs on another model than the centre.
+        apart: whether it runs on another model than the base.
     """
 
     key: str
@@ -99,51 +99,51 @@ class DeltaCache:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._step = 0
-        self._centre = ""
+        self._base = ""
         self._deltas: dict[str, _Delta] = {}
-        self._centre_step = -1  # at which the centre was evaluated last
+        self._base_step = -1  # at which the base was evaluated last
         self._asked = _Asked((), "", 1.0)
 
-    def wanted(self, centre: str, members: Sequence[Member], sigma: float) -> list[str]:
-        """The predictions to evaluate: the terms that are due with the centre, or the anchor alone.
+    def wanted(self, base: str, members: Sequence[Member], sigma: float) -> list[str]:
+        """The predictions to evaluate: the terms that are due with the base, or the anchor alone.
 
         Args:
-            centre: names the prediction that deltas are measured from.
-            members: the terms that act, without the centre.
+            base: names the prediction that deltas are measured from.
+            members: the terms that act, without the base.
             sigma: noise level.
         """
         step = self._steps.at(sigma)
-        if step < self._step or centre != self._centre:  # noise was added back, or deltas mean something else now
+        if step < self._step or base != self._base:  # noise was added back, or deltas mean something else now
             self._deltas = {}
-        self._step, self._centre = step, centre
+        self._step, self._base = step, base
         due = [member for member in members if self._due(member, sigma)]
-        anchor = centre
-        if members and (not due or self._centre_rests(members)):
-            anchor = _anchor(due or members, centre)
-        if anchor == centre:
-            self._centre_step = step
+        anchor = base
+        if members and (not due or self._base_rests(members)):
+            anchor = _anchor(due or members, base)
+        if anchor == base:
+            self._base_step = step
         self._asked = _Asked(tuple(members), anchor, sigma)
         return list(dict.fromkeys([*(member.key for member in due), anchor]))
 
     def complete(self, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The predictions of the centre and of every term; those that were evaluated are the very same tensors.
+        """The predictions of the base and of every term; those that were evaluated are the very same tensors.
 
         Args:
             predictions: denoised, of the names that `wanted` gave, (B, C, *spatial).
         """
         members, anchor, sigma = self._asked.members, self._asked.anchor, self._asked.sigma
-        centre = predictions[anchor]
-        if anchor != self._centre:
-            centre = centre - self._deltas[anchor].at(sigma) * sigma
-        found = {self._centre: centre}
+        base = predictions[anchor]
+        if anchor != self._base:
+            base = base - self._deltas[anchor].at(sigma) * sigma
+        found = {self._base: base}
         renewed: list[Member] = []
         for member in members:
             if member.key not in predictions:
-                found[member.key] = centre + self._deltas[member.key].at(sigma) * sigma
+                found[member.key] = base + self._deltas[member.key].at(sigma) * sigma
                 continue
             found[member.key] = predictions[member.key]
-            if member.rule is not None and anchor == self._centre and sigma > 0.0:
-                self._keep(member, (predictions[member.key] - centre) / sigma)
+            if member.rule is not None and anchor == self._base and sigma > 0.0:
+                self._keep(member, (predictions[member.key] - base) / sigma)
                 renewed.append(member)
         self._look(renewed)
         return found
@@ -158,8 +158,8 @@ class DeltaCache:
             return True
         return rule.threshold is not None and not kept.change_at(sigma) < rule.threshold  # true where not a number
 
-    def _centre_rests(self, members: Sequence[Member]) -> bool:
-        return self._centre_step == self._step - 1 and all(
+    def _base_rests(self, members: Sequence[Member]) -> bool:
+        return self._base_step == self._step - 1 and all(
             member.rule is not None
             and member.inside
             and member.rule.align < 1.0
@@ -257,11 +257,11 @@ class _Delta:
         return (math.log(sigma) - self._last.level) / span if span else 0.0
 
 
-def _anchor(members: Sequence[Member], centre: str) -> str:
+def _anchor(members: Sequence[Member], base: str) -> str:
     """The prediction that the others follow from.
 
-    A term of weight above 0.5 counts less with its own error than it would beside the centre, |w - 1| < |w|. A term on
+    A term of weight above 0.5 counts less with its own error than it would beside the base, |w - 1| < |w|. A term on
     another model comes first, because the deltas between models are the larger ones.
     """
     better = [member for member in members if member.weight > 0.5]
-    return max(better, key=lambda member: (member.apart, member.weight)).key if better else centre
+    return max(better, key=lambda member: (member.apart, member.weight)).key if better else base

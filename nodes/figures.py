@@ -45,7 +45,7 @@ def report_figure(report: GuidanceReport) -> Tensor:
         values = _values([r.pulls[number] if r.weights[number] else None for r in report.readings])
         pull.plot(evaluations, values, marker=".", color=f"C{number}", label=name)
     pull.plot(evaluations, _values([r.total for r in report.readings]), color="black", linestyle="--", label="sum")
-    pull.set_ylabel("pull: |w · delta| / |eps of the centre|")
+    pull.set_ylabel("pull: |w · delta| / |eps of the base|")
     pull.set_ylim(bottom=0)
     pull.legend(loc="best", fontsize="small")
     if between:

@@ -15,7 +15,7 @@ from .sockets import REPORT, gather_terms, optional_terms
 
 _MODEL = (
     "MODEL",
-    {"tooltip": "The unconditional model: its prediction is the centre that every term is measured from."},
+    {"tooltip": "The unconditional model: its prediction is the base that every term is measured from."},
 )
 _UNCONDITIONAL = (
     "CONDITIONING",

@@ -42,7 +42,7 @@ class Readings:
         (term,), (cond, uncond) = step.around, self._seen[0]
         self._seen.clear()
         key = self._known.keys[term.index]
-        shown = {key: cond} if step.centre is None else {key: cond, step.centre: uncond}
+        shown = {key: cond} if step.base is None else {key: cond, step.base: uncond}
         self.take(step, shown, [(cond, term)], x, sigma, denoised)
 
     def take(
@@ -53,21 +53,19 @@ class Readings:
         Args:
             step: what it was made of.
             predictions: by key.
-            guided: for each term around the centre what was added, and its weight.
+            guided: for each term around the base what was added, and its weight.
             x: noisy latent, (B, C, *spatial).
             sigma: (B,).
             denoised: what the sampler gets.
         """
         keys = self._known.keys
-        centre = None if step.centre is None else predictions[step.centre]
+        base = None if step.base is None else predictions[step.base]
         shown = dict(predictions)
         for (prediction, _), term in zip(guided, step.around, strict=True):
-            if (
-                term.index in self._known.ruled and term.weight and centre is not None
-            ):  # so that w (D - D_0) is its pull
-                shown[keys[term.index]] = centre + (prediction - centre) / term.weight
+            if term.index in self._known.ruled and term.weight and base is not None:  # so that w (D - D_0) is its pull
+                shown[keys[term.index]] = base + (prediction - base) / term.weight
         outputs = [shown[keys[term.index]] for term in step.acting]
         # In a pair the name of the unconditional is its negative term's.
         named = [keys[term.index] for term in step.acting]
-        base = centre if step.centre == BASE and BASE not in named else None
-        self._recorder.record(x, sigma, base, outputs, step.acting, denoised)
+        unconditional = base if step.base == BASE and BASE not in named else None
+        self._recorder.record(x, sigma, unconditional, outputs, step.acting, denoised)

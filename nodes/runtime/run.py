@@ -89,7 +89,7 @@ class Run:
         step = self.step(self.plan, self.cache, sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
-        predictions = predict(self.lanes, dict.fromkeys(step.wanted, x), step.centre or BASE, sigma, options, seed)
+        predictions = predict(self.lanes, dict.fromkeys(step.wanted, x), step.base or BASE, sigma, options, seed)
         return self.combined(step, predictions, self.cache, x, sigma, options)
 
     def step(
@@ -158,16 +158,16 @@ class Run:
 
     def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
         """The step without the predictions that the cache carries on."""
-        centre = step.centre or self.keys[step.acting[0].index]
+        base = step.base or self.keys[step.acting[0].index]
         members = []
         for term in step.acting:
             scheduled, key = plan.terms[term.index], self.keys[term.index]
-            if key != centre:
+            if key != base:
                 apart = term.index not in self.known.on_base
                 members.append(Member(key, term.weight, scheduled.term.reuse, scheduled.reuses_at(sigma), apart))
-        known = {centre, *(self.keys[term.index] for term in step.acting)}
+        known = {base, *(self.keys[term.index] for term in step.acting)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
-        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(centre, members, sigma), *beside])))
+        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))
 
     def _overridden(self, acting: Terms, cfg: float) -> tuple[Terms, Terms | None]:
         """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override).
@@ -212,8 +212,8 @@ class Run:
     def _is_stock(self, step: Step) -> bool:
         return (
             self._is_single(step)
-            and (step.centre is None or step.centre in self.lanes[0].keys)
-            and step.centre != self.keys[step.around[0].index]
+            and (step.base is None or step.base in self.lanes[0].keys)
+            and step.base != self.keys[step.around[0].index]
         )
 
     def _as_stock(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
@@ -223,7 +223,7 @@ class Run:
             lane.patcher.model,
             x,
             sigma,
-            None if step.centre is None else lane.conds[step.centre],
+            None if step.base is None else lane.conds[step.base],
             lane.conds[self.keys[term.index]],
             term.weight,
             model_options=options if self.readings is None else self.readings.watching(options),
@@ -249,31 +249,32 @@ class Run:
         own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
         kept = self._options_of_rules.setdefault(term.index, {})
         kept.update({**own, **self.rules.get(term.index, {})})
-        uncond = step.centre if step.centre in lane.keys else BASE
-        centre = None if step.centre is None else predictions[step.centre]
+        uncond = step.base if step.base in lane.keys else BASE
+        base = None if step.base is None else predictions[step.base]
         at = hooks.Situation(
             lane.patcher.model,
             kept,
             x,
             sigma,
             lane.conds[key],
-            None if centre is None else lane.conds.get(uncond),
+            None if base is None else lane.conds.get(uncond),
         )
         with lane.at_work():
-            # Copies, since hooks may write into what they are given, and others measure from the same centre.
-            base = None if centre is None else centre.clone()
+            # Copies, since hooks may write into what they are given, and others measure from the same base.
             guide = hooks.guided
             if placing.is_replaced(comfy.samplers.sampling_function):
                 guide = placing.guided_by_sampling_function
-            return guide(at, prediction.clone(), base, term.weight), replace(term, weight=1.0)
+            return guide(at, prediction.clone(), None if base is None else base.clone(), term.weight), replace(
+                term, weight=1.0
+            )
 
     def _sum(self, step: Step, predictions: Predictions, guided: Guided) -> Tensor:
         if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.known.ruled:
             return guided[0][0]  # the rule's own result, to the last bit
-        centre = None if step.centre is None else predictions[step.centre]
-        if centre is not None and not guided:
-            return centre
-        return combine(centre, [prediction for prediction, _ in guided], [term for _, term in guided])
+        base = None if step.base is None else predictions[step.base]
+        if base is not None and not guided:
+            return base
+        return combine(base, [prediction for prediction, _ in guided], [term for _, term in guided])
 
     def _through_hooks(
         self,
@@ -287,28 +288,28 @@ class Run:
         """The sum through the hooks of the sampler's model."""
         lane = self.lanes[0]
         key = self._key_for_hooks(step)
-        uncond = step.centre if step.centre is None or step.centre in lane.keys else BASE
+        uncond = step.base if step.base is None or step.base in lane.keys else BASE
         at = hooks.Situation(
             lane.patcher.model, options, x, sigma, lane.conds[key], None if uncond is None else lane.conds[uncond]
         )
         predictions = {key: prediction.clone() for key, prediction in predictions.items()}  # hooks may write into them
-        centre = None if step.centre is None else predictions[step.centre]
+        base = None if step.base is None else predictions[step.base]
         if self._is_single(step):
-            return hooks.guided(at, predictions[key], centre, step.around[0].weight)
+            return hooks.guided(at, predictions[key], base, step.around[0].weight)
         weight = total_weight(step.around)
 
         def effective() -> tuple[Tensor, float]:
-            assert centre is not None  # `step` sees to it where hooks are
-            return effective_cond(centre, [p for p, _ in guided], [term for _, term in guided], weight)
+            assert base is not None  # `step` sees to it where hooks are
+            return effective_cond(base, [p for p, _ in guided], [term for _, term in guided], weight)
 
         return hooks.guided_sum(
-            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], centre
+            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], base
         )
 
     def _key_for_hooks(self, step: Step) -> str:
         """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
         on_base = [term for term in step.acting if term.index in self.known.on_base]
-        on_base = [term for term in on_base if self.keys[term.index] != step.centre] or on_base
+        on_base = [term for term in on_base if self.keys[term.index] != step.base] or on_base
         if not on_base:
             return BASE
         return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...gcfg.combine import pair, pivot_index
+from ...gcfg.combine import base_index, pair
 from ...gcfg.plan import ActiveTerm, needs_base
 from .lanes import BASE
 
@@ -18,14 +18,14 @@ class Step:
 
     Attributes:
         acting: the terms that act at this noise level.
-        centre: the key of the prediction that deltas are measured from; None where it is not evaluated.
+        base: the key of the prediction that deltas are measured from; None where it is not evaluated.
         around: the terms whose deltas are added to it.
         wanted: the keys of the predictions to evaluate.
         hooked: whether guidance hooks of the sampler's model act on the sum.
     """
 
     acting: Terms
-    centre: str | None
+    base: str | None
     around: Terms
     wanted: tuple[str, ...]
     hooked: bool
@@ -78,5 +78,5 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms |
         return Step(acting, BASE, acting, tuple({**keys, BASE: None}), hooked)
     if len(acting) == 1:
         return Step(acting, None, acting, tuple(keys), hooked)
-    middle = pivot_index(acting)
-    return Step(acting, known.keys[places[middle]], acting[:middle] + acting[middle + 1 :], tuple(keys), hooked)
+    lowest = base_index(acting)
+    return Step(acting, known.keys[places[lowest]], acting[:lowest] + acting[lowest + 1 :], tuple(keys), hooked)

@@ -143,7 +143,7 @@ def test_readings_of_active_and_inactive_terms():
 
 
 def test_without_a_base_the_centre_is_named():
-    """Weights 3, -1, -1 sum to 1: the centre is the later of the two smallest, where the sum measures from too."""
+    """Weights 3, -1, -1 sum to 1: the base is the later of the two smallest, where the sum measures from too."""
     terms = active(3.0, -1.0, -1.0)
     report = recorded((10.0, terms, False))
     x, _, a, b, c = tensors(5, seed=0)
@@ -153,7 +153,7 @@ def test_without_a_base_the_centre_is_named():
     assert reading.total == pytest.approx(wanted[0], rel=1e-5)
     assert reading.pulls == pytest.approx((wanted[1], wanted[2], 0.0), rel=1e-5)
     assert reading.cosines[0] == pytest.approx(wanted[3], abs=1e-5)
-    assert reading.cosines[1:] == (None, None), "the centre pulls nowhere"
+    assert reading.cosines[1:] == (None, None), "the base pulls nowhere"
 
 
 @pytest.mark.parametrize(

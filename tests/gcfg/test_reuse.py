@@ -17,7 +17,7 @@ B = Member("b", 1.5, Reuse(), apart=True)
 
 
 def centre_at(sigma):
-    """Any prediction of the centre, far from a straight line."""
+    """Any prediction of the base, far from a straight line."""
     return torch.sin(7 * X / sigma) + math.cos(sigma)
 
 
@@ -72,7 +72,7 @@ def test_a_held_delta_takes_one_point():
 
 @pytest.mark.parametrize("members", [[A], [A, B], [Member("a", -1.0, Reuse()), Member("b", 0.3, Reuse())]])
 def test_what_is_a_line_in_log_sigma_is_carried_on_exactly(members):
-    """From a term as the anchor and from the centre: every prediction at every level is the true one."""
+    """From a term as the anchor and from the base: every prediction at every level is the true one."""
     asked, found = run(members)
     assert min(map(len, asked)) == 1
     for got, truth in found:

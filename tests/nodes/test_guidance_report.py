@@ -420,7 +420,7 @@ def test_without_matplotlib(make, monkeypatch):
 
 
 def test_a_term_with_the_unconditionals_prompt_that_acts_at_some_steps_only(sample, exact, prompt, latent):
-    """Its prediction is the centre's; where nothing acts the centre is read as it is."""
+    """Its prediction is the base's; where nothing acts the base is read as it is."""
     base, _ = exact
     unconditional = prompt(0)
     term = GuidanceTerm(3.0, 0.4, 0.6, conditioning=unconditional, label="none")
