@@ -76,8 +76,8 @@ class World:
     def terms(self, words: str, text: Rule, concept: Rule) -> tuple[GuidanceTerm, ...]:
         """Text guidance by the prior, and the concept's."""
         return (
-            replace(GuidanceTerm(TEXT, conditioning=self.text(words), label="text"), reuse=text),
-            replace(GuidanceTerm(CONCEPT, model=self.concept, label="concept"), reuse=concept),
+            replace(GuidanceTerm(TEXT, conditioning=self.text(words), label="text"), cache_rule=text),
+            replace(GuidanceTerm(CONCEPT, model=self.concept, label="concept"), cache_rule=concept),
         )
 
     def stock(self, how: Sampling, seed: int) -> Tensor:

@@ -46,8 +46,8 @@ class ScheduledTerm:
         sigma_start: the largest sigma at which it acts.
         sigma_end: the sigma at which it acts no more; at the end of the sampling, the last at which it does.
         percent_of: the percent of the sampling at a sigma.
-        reuse_start: the largest sigma at which its delta may be carried on.
-        reuse_end: the sigma at which it may no more, with the same exception.
+        cache_start: the largest sigma at which its delta may be carried on.
+        cache_end: the sigma at which it may no more, with the same exception.
         factor: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
         off: whether that is 0 everywhere.
     """
@@ -57,8 +57,8 @@ class ScheduledTerm:
     sigma_start: float
     sigma_end: float
     percent_of: Callable[[float], float]
-    reuse_start: float = math.inf
-    reuse_end: float = 0.0
+    cache_start: float = math.inf
+    cache_end: float = 0.0
     factor: Tensor | None = None
     off: bool = False
 
@@ -88,10 +88,10 @@ class ScheduledTerm:
         """Whether its interval goes on at or below `sigma`."""
         return _goes_on_at(sigma, self.sigma_end, self.term.end_percent)
 
-    def reuses_at(self, sigma: float) -> bool:
+    def caches_at(self, sigma: float) -> bool:
         """Whether its delta may be carried on at `sigma`."""
-        reuse = self.term.reuse
-        return reuse is not None and _inside(sigma, self.reuse_start, self.reuse_end, reuse.end_percent)
+        rule = self.term.cache_rule
+        return rule is not None and _inside(sigma, self.cache_start, self.cache_end, rule.end_percent)
 
     def weight_at(self, sigma: float) -> float:
         """The weight at `sigma`; 0 outside the interval."""
@@ -136,9 +136,9 @@ class GuidancePlan:
                 return as_stored(float(percent_to_sigma(start))), as_stored(float(percent_to_sigma(end)))
 
             acts = interval(term.start_percent, term.end_percent)
-            rule = term.reuse
-            reuses = (math.inf, 0.0) if rule is None else interval(rule.start_percent, rule.end_percent)
-            return ScheduledTerm(term, term.label or str(place), *acts, percent_of, *reuses)
+            rule = term.cache_rule
+            cached = (math.inf, 0.0) if rule is None else interval(rule.start_percent, rule.end_percent)
+            return ScheduledTerm(term, term.label or str(place), *acts, percent_of, *cached)
 
         return cls(tuple(scheduled(place, term) for place, term in enumerate(terms, start=1)))
 
@@ -177,9 +177,9 @@ class GuidancePlan:
         return not all(term.level for term in self.terms)
 
     @property
-    def reuses(self) -> bool:
+    def caches(self) -> bool:
         """Whether any term's delta may be carried on in place of being evaluated."""
-        return any(scheduled.term.reuse is not None for scheduled in self.terms)
+        return any(scheduled.term.cache_rule is not None for scheduled in self.terms)
 
     @cached_property
     def steady(self) -> tuple[ActiveTerm, ...] | None:

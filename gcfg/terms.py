@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .curves import CONSTANT, WeightCurve, check_weight
 from .errors import GuidanceError, short
+from .guidance_cache import CacheRule
 from .masks import check_mask
-from .reuse import Reuse
 
 MAX_LABEL = 200  # characters; it is in every message to the editor
 
@@ -29,7 +29,7 @@ class GuidanceTerm:
         mask: where the delta acts: (N, H, W) in [0, 1], or None for everywhere; kept as one mask per stream.
         label: the user's name for it, as `label_text` shows it.
         curve: how the weight changes between start and end; constant by default.
-        reuse: when its delta is carried on in place of being evaluated; None, the default: never.
+        cache_rule: when its delta is carried on in place of being evaluated; None, the default: never.
         stream_weights: factors of the weight by the stream of a latent that holds several, such as video and audio.
 
     Raises:
@@ -45,7 +45,7 @@ class GuidanceTerm:
     mask: Any = None
     label: str = ""
     curve: WeightCurve = CONSTANT
-    reuse: Reuse | None = None
+    cache_rule: CacheRule | None = None
     stream_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ def _joins(terms: Sequence[GuidanceTerm], place: int, patcher: Any, group: Group
 
 
 def _same_prediction(a: GuidanceTerm, b: GuidanceTerm) -> bool:
-    return a.reuse == b.reuse and identical(a.conditioning, b.conditioning)
+    return a.cache_rule == b.cache_rule and identical(a.conditioning, b.conditioning)
 
 
 def keyed(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...gcfg.combine import combine, effective_cond, pair
 from ...gcfg.diagnostics import Recorder
+from ...gcfg.guidance_cache import DeltaCache, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
-from ...gcfg.reuse import DeltaCache, Member
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Lane, Predictions, covers, predict
@@ -74,7 +74,7 @@ class Run:
 
     def new_cache(self) -> DeltaCache | None:
         """An empty cache of deltas, where any term's may be carried on."""
-        return DeltaCache(self.steps) if self.plan.reuses else None
+        return DeltaCache(self.steps) if self.plan.caches else None
 
     def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
         """The guided denoised prediction at one noise level.
@@ -164,7 +164,7 @@ class Run:
             scheduled, key = plan.terms[term.index], self.keys[term.index]
             if key != base:
                 apart = term.index not in self.known.on_base
-                members.append(Member(key, term.weight, scheduled.term.reuse, scheduled.reuses_at(sigma), apart))
+                members.append(Member(key, term.weight, scheduled.term.cache_rule, scheduled.caches_at(sigma), apart))
         known = {base, *(self.keys[term.index] for term in step.acting)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
         return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))

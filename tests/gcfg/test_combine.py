@@ -100,7 +100,7 @@ class Written(TorchDispatchMode):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_one_new_tensor_per_term_and_predictions_are_only_read(inference):
-    """Predictions are kept by others (readings, reuse), and the pivot is read by every term."""
+    """Predictions are kept by others (readings, Guidance Cache), and the base is read by every term."""
     with torch.inference_mode(inference):
         base, *predictions = draw(4)
         kept = [tensor.clone() for tensor in (base, *predictions)]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 from comfyui_gcfg.gcfg.plan import GuidancePlan, needs_base
-from comfyui_gcfg.gcfg.reuse import Reuse
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 
@@ -53,10 +53,10 @@ def test_a_model_is_not_loaded_for_the_step_at_which_its_term_ends():
 
 
 def test_deltas_are_not_carried_on_at_the_end_of_the_cache():
-    (term,) = plan(GuidanceTerm(2.0, reuse=Reuse(2, start_percent=0.2, end_percent=0.6))).terms
-    assert [term.reuses_at(s) for s in (8.01, 8.0, 4.01, 4.0)] == [False, True, True, False]
-    (whole,) = plan(GuidanceTerm(2.0, reuse=Reuse(2))).terms
-    assert whole.reuses_at(0.0)
+    (term,) = plan(GuidanceTerm(2.0, cache_rule=CacheRule(2, start_percent=0.2, end_percent=0.6))).terms
+    assert [term.caches_at(s) for s in (8.01, 8.0, 4.01, 4.0)] == [False, True, True, False]
+    (whole,) = plan(GuidanceTerm(2.0, cache_rule=CacheRule(2))).terms
+    assert whole.caches_at(0.0)
 
 
 def test_whole_interval_needs_no_sigma():

@@ -385,7 +385,7 @@ def test_a_node_before_a_branch_acts_once(gcfg_step, put, prior, prompt, comfy):
 def test_in_a_sweep_each_cell_is_a_run_of_its_own(gcfg, put, prior, concept, prompt, latent, on):
     """APG with momentum keeps what it saw at the last step."""
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
 
     model = put(prior, NODES["APG"]) if on == "sampler" else prior
     other = put(concept, NODES["APG"]) if on == "term" else concept
@@ -403,15 +403,15 @@ def test_in_a_sweep_each_cell_is_a_run_of_its_own(gcfg, put, prior, concept, pro
 
 def test_a_rule_with_guidance_cache(gcfg, put, prior, concept, prompt, latent, count_forwards):
     """k = 1 is the full run to the last bit; k = 2 carries the prediction on, and the rule acts on it at every step."""
-    from comfyui_gcfg.gcfg.reuse import Reuse
+    from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 
     model, steps = put(concept, NODES["RescaleCFG"]), 6
 
     def run(every, model=model):
-        reuse = None if every is None else Reuse(every=every)
+        rule = None if every is None else CacheRule(every=every)
         terms = [
-            GuidanceTerm(3.0, conditioning=prompt(1), reuse=reuse),
-            GuidanceTerm(2.0, model=model, conditioning=prompt(2), reuse=reuse),
+            GuidanceTerm(3.0, conditioning=prompt(1), cache_rule=rule),
+            GuidanceTerm(2.0, model=model, conditioning=prompt(2), cache_rule=rule),
         ]
         return gcfg(prior, prompt(0), terms, latent, steps=steps)
 
@@ -428,7 +428,7 @@ def test_a_rule_with_guidance_cache(gcfg, put, prior, concept, prompt, latent, c
 def test_a_sweep_whose_first_cell_is_a_pair(gcfg, prior, prompt, latent):
     """Its other cells are none, and are measured from the unconditional."""
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
 
     cells = [(GuidanceTerm(w, conditioning=prompt(1)), GuidanceTerm(-4.0, conditioning=prompt(2))) for w in (5.0, 3.0)]
     settings = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal"}

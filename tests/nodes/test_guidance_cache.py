@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.reuse import Reuse
+from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 SAMPLERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "uni_pc", "euler_ancestral"]
@@ -25,7 +25,7 @@ FULL = [{"every": 1}, {"mode": "threshold", "threshold": 0.0}]
 @pytest.fixture
 def cached(comfy):
     """Terms through the node; widgets by name."""
-    from comfyui_gcfg.nodes.cache import GCFGGuidanceCache
+    from comfyui_gcfg.nodes.guidance_cache import GCFGGuidanceCache
 
     def make(terms, **widgets):
         return GCFGGuidanceCache().make(tuple(terms), **{**WIDGETS, **widgets})[0]
@@ -58,7 +58,7 @@ def test_one_term_at_every_step_is_the_stock_sampler(gcfg, stock, cached, prior,
 
 
 def test_without_the_node_a_term_has_no_rule(terms):
-    assert all(term.reuse is None for term in terms)
+    assert all(term.cache_rule is None for term in terms)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def test_samples_of_a_batch_do_not_influence_each_other(gcfg, cached, base, term
 @pytest.mark.parametrize("at_once", [1, 3, 9])
 def test_the_cells_of_a_sweep_are_runs_of_their_own(gcfg, cached, base, terms, prompt, latent, widgets, at_once):
     """Cells are evaluated together and share predictions, never deltas. A term of weight 0 is in no cell's cache."""
-    from comfyui_gcfg.gcfg.sweep import SweptTerm, cell_terms
+    from comfyui_gcfg.gcfg.sweep_weights import SweptTerm, cell_terms
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
 
     terms = cached(terms, **widgets)
     cells = cell_terms(terms, [SweptTerm(0, "text", (0.0, 0.4, 5.0)), SweptTerm(1, "concept", (1.5, -1.0, 3.0))])
@@ -286,8 +286,8 @@ def test_the_node_gives_its_rule_to_all_terms_and_changes_nothing_else(cached, t
     got = cached(
         [text, concept], mode="threshold", threshold=0.25, extrapolation="hold", start_percent=0.1, end_percent=0.9
     )
-    rule = Reuse(every=None, threshold=0.25, linear=False, start_percent=0.1, end_percent=0.9)
-    assert [term.reuse for term in got] == [rule, rule]
+    rule = CacheRule(every=None, threshold=0.25, linear=False, start_percent=0.1, end_percent=0.9)
+    assert [term.cache_rule for term in got] == [rule, rule]
     for before, after in zip((text, concept), got, strict=True):
-        assert replace(after, reuse=None).__dict__ == before.__dict__
-    assert text.reuse is None
+        assert replace(after, cache_rule=None).__dict__ == before.__dict__
+    assert text.cache_rule is None

@@ -11,9 +11,9 @@ from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 @pytest.fixture
 def classes(comfy):
-    from comfyui_gcfg.nodes import cache, concept, guidance, prompts, report, sampling, sweep
+    from comfyui_gcfg.nodes import concept, guidance, guidance_cache, prompts, report, sampling, weight_sweep
 
-    topics = (concept, guidance, prompts, cache, sampling, sweep, report)
+    topics = (concept, guidance, prompts, guidance_cache, sampling, weight_sweep, report)
     return {node_id: node for topic in topics for node_id, _, node in topic.NODES}
 
 

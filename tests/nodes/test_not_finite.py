@@ -88,7 +88,7 @@ def test_the_guider_for_stock_samplers(comfy, prior, prompt, latent, warnings):
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_sweep_says_it_once(comfy, prior, prompt, latent, warnings, one_by_one):
-    from comfyui_gcfg.nodes.sweep import GCFGWeightSweep
+    from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
 
     model = prior.clone()
     if one_by_one:  # with a guidance hook each cell is a run of its own

@@ -118,7 +118,7 @@ class _Decoder:
 
 @pytest.mark.parametrize("family", ["ltxav"], indirect=True)
 def test_a_sweep_decodes_the_video(family, models, gcfg):
-    from comfyui_gcfg.nodes.sweep import GCFGWeightSweep
+    from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
 
     def terms(weight):
         return (GuidanceTerm(weight, model=models[1], conditioning=family.conditioning(1), label="concept"),)
@@ -138,7 +138,7 @@ def test_a_sweep_decodes_the_video(family, models, gcfg):
 
 @pytest.mark.parametrize("family", ["minimax_h3"], indirect=True)
 def test_a_sweep_says_when_a_model_takes_one_latent_at_a_time(family, models):
-    from comfyui_gcfg.nodes.sweep import GCFGWeightSweep
+    from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
 
     term = GuidanceTerm(1.0, model=models[1], conditioning=family.conditioning(1), label="concept")
 
@@ -156,7 +156,7 @@ def test_a_sweep_says_when_a_model_takes_one_latent_at_a_time(family, models):
 @pytest.mark.parametrize("family", ["ltxav"], indirect=True)
 def test_a_sweep_under_guidance_nodes_joins_nested_cells(family, models, gcfg):
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
 
     hooked = models[0].clone()
     hooked.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)

@@ -50,9 +50,9 @@ SURFACE = {
 
 @pytest.fixture
 def nodes(comfy):
-    from comfyui_gcfg.nodes import cache, concept, guidance, prompts, report, sampling, sweep
+    from comfyui_gcfg.nodes import concept, guidance, guidance_cache, prompts, report, sampling, weight_sweep
 
-    topics = (cache, concept, guidance, prompts, report, sampling, sweep)
+    topics = (guidance_cache, concept, guidance, prompts, report, sampling, weight_sweep)
     return {node_id: (name, node) for topic in topics for node_id, name, node in topic.NODES}
 
 

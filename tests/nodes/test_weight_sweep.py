@@ -28,7 +28,7 @@ class Greys:
 @pytest.fixture
 def sweep(comfy):
     """The three outputs of the node; widgets by name."""
-    from comfyui_gcfg.nodes.sweep import GCFGWeightSweep
+    from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
 
     def run(model, unconditional, terms, latent, weights_1="0, 3", weights_2="1.5, -1", **widgets):
         values = {"seed": 1, "steps": 4, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0}
@@ -329,7 +329,7 @@ def inked(part):
 
 
 def test_labels_name_the_weights(sweep, base, terms, prompt, latent, monkeypatch):
-    from comfyui_gcfg.nodes import sweep as module
+    from comfyui_gcfg.nodes import weight_sweep as module
 
     asked = []
     monkeypatch.setattr(module, "labelled_sheet", lambda images, *labels: asked.append(labels) or torch.zeros(1, 1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.reuse import Reuse
+from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("zoo.py")))["FAMILIES"]
@@ -167,19 +167,19 @@ def test_a_lora_clone_as_a_term(animal):
 
 
 def test_guidance_cache(animal):
-    def terms(reuse):
+    def terms(rule):
         return [
             GuidanceTerm(3.0, conditioning=animal.text),
-            GuidanceTerm(1.5, model=animal.concept, conditioning=animal.other, reuse=reuse),
+            GuidanceTerm(1.5, model=animal.concept, conditioning=animal.other, cache_rule=rule),
         ]
 
     calls = []
     handle = animal.concept.model.diffusion_model.register_forward_pre_hook(lambda *args: calls.append(1))
     try:
         whole = animal.gcfg(terms(None), steps=4)
-        assert equal(animal.gcfg(terms(Reuse(1)), steps=4), whole)
+        assert equal(animal.gcfg(terms(CacheRule(1)), steps=4), whole)
         calls.clear()
-        half = animal.gcfg(terms(Reuse(2)), steps=4)
+        half = animal.gcfg(terms(CacheRule(2)), steps=4)
     finally:
         handle.remove()
     assert len(calls) < 4
@@ -190,7 +190,7 @@ def test_guidance_cache(animal):
 @pytest.mark.usefixtures("rows_apart")
 def test_cells_of_a_sweep_are_runs(animal):
     from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep import SweepGuider
+    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
 
     def terms(weight):
         return [

@@ -22,7 +22,7 @@ from .steps import Steps
 
 
 @dataclass(frozen=True)
-class Reuse:
+class CacheRule:
     """When a term's delta is carried on in place of being evaluated.
 
     Attributes:
@@ -84,7 +84,7 @@ class Member:
 
     key: str
     weight: float
-    rule: Reuse | None
+    rule: CacheRule | None
     inside: bool = True
     apart: bool = False
 
@@ -209,7 +209,7 @@ class _Delta:
         cosine: between the two, of the sample where it is lowest.
     """
 
-    def __init__(self, rule: Reuse) -> None:
+    def __init__(self, rule: CacheRule) -> None:
         self._rule = rule
         self.before: _Point | None = None
         self._last: _Point | None = None

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.gcfg.sweep import MAX_CELLS, SweptTerm, cell_terms, find_term, parse_weights
+from comfyui_gcfg.gcfg.sweep_weights import MAX_CELLS, SweptTerm, cell_terms, find_term, parse_weights
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from hypothesis import given, settings
 from hypothesis import strategies as st

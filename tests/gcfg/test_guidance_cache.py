@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.gcfg.reuse import DeltaCache, Member, Reuse
+from comfyui_gcfg.gcfg.guidance_cache import CacheRule, DeltaCache, Member
 from comfyui_gcfg.gcfg.steps import Steps
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 SIGMAS = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125, 0.0]
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 3, 2, 2)
-A = Member("a", 5.0, Reuse())
-B = Member("b", 1.5, Reuse(), apart=True)
+A = Member("a", 5.0, CacheRule())
+B = Member("b", 1.5, CacheRule(), apart=True)
 
 
 def centre_at(sigma):
@@ -58,19 +58,19 @@ def run(members, sigmas=SIGMAS[:-1], deltas=DELTAS, steps=SIGMAS, members_at=Non
 )
 def test_every_so_many_steps(every, expected):
     """A line takes two points, so the first two steps are evaluated; then the heaviest term elsewhere stands alone."""
-    rule = Reuse(every=every)
+    rule = CacheRule(every=every)
     assert run([Member("a", 5.0, rule), Member("b", 1.5, rule, apart=True)])[0] == expected
 
 
 def test_a_held_delta_takes_one_point():
-    rule = Reuse(every=3, linear=False)
+    rule = CacheRule(every=3, linear=False)
     asked, found = run([Member("a", 5.0, rule)])
     assert asked == ["0a", "a", "a", "0a", "a", "a", "0a"]
     got, truth = found[2]
     torch.testing.assert_close(got["0"], truth["a"] - 2.0 * DELTAS["a"](8.0) / 8.0, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("members", [[A], [A, B], [Member("a", -1.0, Reuse()), Member("b", 0.3, Reuse())]])
+@pytest.mark.parametrize("members", [[A], [A, B], [Member("a", -1.0, CacheRule()), Member("b", 0.3, CacheRule())]])
 def test_what_is_a_line_in_log_sigma_is_carried_on_exactly(members):
     """From a term as the anchor and from the base: every prediction at every level is the true one."""
     asked, found = run(members)
@@ -83,7 +83,7 @@ def test_what_is_a_line_in_log_sigma_is_carried_on_exactly(members):
 def test_a_line_goes_no_further_than_its_points_lie_apart():
     """Two points at 8 and 4 reach down to 2; below that the delta is held."""
     curved = {"a": lambda sigma: X * math.log(sigma) ** 2 * sigma}
-    _, found = run([Member("a", 5.0, Reuse(every=100))], deltas=curved)
+    _, found = run([Member("a", 5.0, CacheRule(every=100))], deltas=curved)
     (got_2, truth_2), (got_1, truth_1) = found[2], found[3]
     at = {sigma: X * math.log(sigma) ** 2 for sigma in (8.0, 4.0)}
     reached = 2 * at[4.0] - at[8.0]
@@ -103,7 +103,7 @@ def test_a_line_goes_no_further_than_its_points_lie_apart():
 )
 def test_the_anchor_is_the_term_whose_own_error_counts_least(members, anchor):
     """|w - 1| < |w| only above 0.5; of those a term on another model, then the heaviest."""
-    asked, _ = run([Member(key, weight, Reuse(), apart=apart) for key, weight, apart in members])
+    asked, _ = run([Member(key, weight, CacheRule(), apart=apart) for key, weight, apart in members])
     assert asked[2] == anchor
 
 
@@ -114,7 +114,7 @@ def test_a_term_without_a_rule_is_always_evaluated():
 
 def test_outside_its_interval_a_term_is_always_evaluated():
     def members_at(sigma):
-        return [Member("a", 5.0, Reuse(every=100), inside=0.2 < sigma < 3.0)]
+        return [Member("a", 5.0, CacheRule(every=100), inside=0.2 < sigma < 3.0)]
 
     assert run(None, members_at=members_at)[0] == ["0a", "0a", "a", "a", "a", "a", "0a"]
 
@@ -167,7 +167,7 @@ def test_another_centre_begins_anew():
 
 
 def test_at_noise_level_zero_all_is_evaluated_and_nothing_kept():
-    cache, rare = DeltaCache(Steps(SIGMAS)), Member("a", 5.0, Reuse(every=100))
+    cache, rare = DeltaCache(Steps(SIGMAS)), Member("a", 5.0, CacheRule(every=100))
     run([rare], sigmas=SIGMAS[:2], cache=cache)
     assert sorted(cache.wanted("0", [rare], 0.0)) == ["0", "a"]
     got = cache.complete({"0": X, "a": 2 * X})
@@ -197,7 +197,7 @@ SIZES = {8.0: 1.0, 4.0: 2.0, 2.0: 2.1, 1.0: 2.1, 0.5: 2.1, 0.25: 4.0, 0.125: 4.0
 )
 def test_by_predicted_change(threshold, expected):
     deltas = {"a": lambda sigma: X * SIZES[sigma] * sigma}
-    asked, _ = run([Member("a", 5.0, Reuse(every=None, threshold=threshold))], deltas=deltas)
+    asked, _ = run([Member("a", 5.0, CacheRule(every=None, threshold=threshold))], deltas=deltas)
     assert asked == expected
 
 
@@ -207,13 +207,13 @@ def test_the_sample_that_changes_most_decides():
     def delta(sigma):
         return torch.cat([X[:1], X[1:] * SIZES[sigma]]) * sigma
 
-    rule = Reuse(every=None, threshold=0.1)
+    rule = CacheRule(every=None, threshold=0.1)
     assert run([Member("a", 5.0, rule)], deltas={"a": delta})[0] == ["0a", "0a", "0a", "a", "a", "0a", "0a"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
 def test_a_delta_that_is_no_number_is_not_carried_on(bad):
-    rule = Reuse(every=None, threshold=0.5)
+    rule = CacheRule(every=None, threshold=0.5)
     asked, _ = run([Member("a", 5.0, rule)], deltas={"a": lambda sigma: X * 0 + bad})
     assert asked == ["0a"] * 7
 
@@ -242,13 +242,13 @@ def turning(angle):
     ],
 )
 def test_the_centre_rests_where_deltas_keep_their_direction(align, expected):
-    rule = Reuse(every=1, align=align)
+    rule = CacheRule(every=1, align=align)
     members = [Member("a", 5.0, rule), Member("b", 1.5, rule, apart=True)]
     assert run(members, deltas={"a": turning(0.1), "b": turning(0.01)})[0] == expected
 
 
 def test_one_term_that_turns_keeps_the_centre():
-    rule = Reuse(every=1, align=0.97)
+    rule = CacheRule(every=1, align=0.97)
     members = [Member("a", 5.0, rule), Member("b", 1.5, rule)]
     assert run(members, deltas={"a": turning(0.1), "b": turning(0.5)})[0] == ["0ab"] * 7
 
@@ -257,18 +257,18 @@ def test_one_sample_that_turns_keeps_the_centre():
     def delta(sigma):
         return torch.cat([turning(0.01)(sigma)[:1], turning(0.5)(sigma)[1:]])
 
-    assert run([Member("a", 5.0, Reuse(every=1, align=0.9))], deltas={"a": delta})[0] == ["0a"] * 7
+    assert run([Member("a", 5.0, CacheRule(every=1, align=0.9))], deltas={"a": delta})[0] == ["0a"] * 7
 
 
 def test_the_centre_rests_inside_the_interval_only():
     def members_at(sigma):
-        return [Member("a", 5.0, Reuse(every=1, align=-1.0), inside=sigma > 0.7)]
+        return [Member("a", 5.0, CacheRule(every=1, align=-1.0), inside=sigma > 0.7)]
 
     assert run(None, members_at=members_at)[0] == ["0a", "0a", "a", "0a", "0a", "0a", "0a"]
 
 
 def test_a_term_that_begins_keeps_the_centre():
-    rule = Reuse(every=1, align=-1.0)
+    rule = CacheRule(every=1, align=-1.0)
 
     def members_at(sigma):
         return [Member("a", 5.0, rule), *([Member("b", 1.5, rule)] if sigma < 3.0 else [])]
@@ -278,13 +278,16 @@ def test_a_term_that_begins_keeps_the_centre():
 
 def test_where_the_centre_rests_the_others_follow_from_a_term_that_is_due():
     """The better anchor, on another model, is not evaluated for that alone."""
-    members = [Member("a", 5.0, Reuse(every=1, align=-1.0)), Member("b", 1.5, Reuse(every=100, align=-1.0), apart=True)]
+    members = [
+        Member("a", 5.0, CacheRule(every=1, align=-1.0)),
+        Member("b", 1.5, CacheRule(every=100, align=-1.0), apart=True),
+    ]
     assert run(members)[0] == ["0ab", "0ab", "a", "0a", "a", "0a", "a"]
 
 
 def test_nothing_is_measured_against_a_centre_that_is_not_evaluated():
     """What follows from an estimate must not feed the next one: only the anchor's line decides, and it is exact."""
-    rule = Reuse(every=1, align=-1.0)
+    rule = CacheRule(every=1, align=-1.0)
     _, found = run([Member("a", 5.0, rule), Member("b", 1.5, rule)])
     for got, truth in found:
         torch.testing.assert_close(got["0"], truth["0"], rtol=1e-10, atol=1e-10)
@@ -298,7 +301,7 @@ def test_without_terms_the_centre_is_evaluated():
 @given(st.lists(st.floats(0.01, 20.0), min_size=1, max_size=12), st.booleans())
 def test_every_step_means_every_step(levels, linear):
     """Whatever a solver asks for, in whatever order: k = 1 and threshold 0 leave nothing out."""
-    for rule in (Reuse(every=1, linear=linear), Reuse(every=None, threshold=0.0, linear=linear)):
+    for rule in (CacheRule(every=1, linear=linear), CacheRule(every=None, threshold=0.0, linear=linear)):
         asked, _ = run([Member("a", 5.0, rule), Member("b", 0.1, rule)], sigmas=levels)
         assert asked == ["0ab"] * len(levels)
 
@@ -320,5 +323,5 @@ def test_every_step_means_every_step(levels, linear):
 )
 def test_bad_values(values, error):
     with pytest.raises(GuidanceError) as raised:
-        Reuse(**values)
+        CacheRule(**values)
     assert str(raised.value) == error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..gcfg.reuse import Reuse
+from ..gcfg.guidance_cache import CacheRule
 from ..gcfg.terms import GuidanceTerm
 from .inputs import checked
 from .sockets import TERMS
@@ -107,7 +107,7 @@ class GCFGGuidanceCache:
         align: float,
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Give all terms this rule; what its mode does not use is not looked at."""
-        reuse = Reuse(
+        rule = CacheRule(
             every=every if mode == "every" else None,
             threshold=threshold if mode == "threshold" else None,
             linear=extrapolation == "linear",
@@ -115,7 +115,7 @@ class GCFGGuidanceCache:
             end_percent=end_percent,
             align=align,
         )
-        return (tuple(replace(term, reuse=reuse) for term in terms),)
+        return (tuple(replace(term, cache_rule=rule) for term in terms),)
 
 
 NODES = [("GCFGGuidanceCache", "Guidance Cache", GCFGGuidanceCache)]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..gcfg.errors import GuidanceError, short
-from ..gcfg.sweep import SweptTerm, cell_terms, find_term, parse_weights
+from ..gcfg.sweep_weights import SweptTerm, cell_terms, find_term, parse_weights
 from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
 from .inputs import checked
 from .runtime.ksampler import sample_latent
 from .runtime.latents import first_stream
-from .runtime.sweep import SweepGuider
+from .runtime.sweep_guider import SweepGuider
 from .sampling import GCFGKSampler
 from .sockets import gather_terms, optional_terms
 
