@@ -16,31 +16,26 @@ from ..testkit.comfyui import find_comfyui
 from ..testkit.server import Server
 from ..testkit.workflow import input_specs
 
-_SPECIAL = re.compile(r"[|@{}$]")  # to the editor's vue-i18n
-
-
-def text(words: str) -> str:
-    """Return words as vue-i18n takes them: what means something to it stands as a literal, {'|'}."""
-    return _SPECIAL.sub(lambda found: f"{{'{found.group()}'}}", words)
+_SPECIAL = re.compile(r"[|@{}$<]")  # to vue-i18n; as literals, {'|'}, they are shown raw in tooltips of newer editors
 
 
 def names(info: dict[str, Any]) -> dict[str, Any]:
-    """Return the entry of one node.
+    """Return the entry of one node, without the texts that translators would misread: the node's own stand in for them.
 
     Args:
         info: what the server's /object_info says of it.
     """
     outputs = zip(info["output_name"], info["output_tooltips"], strict=True)
+    inputs = ((name, name, spec[1]["tooltip"]) for name, spec in input_specs(info).items())
     return {
-        "display_name": text(info["display_name"]),
-        "description": text(info["description"]),
-        "inputs": {
-            name: {"name": name, "tooltip": text(spec[1]["tooltip"])} for name, spec in input_specs(info).items()
-        },
-        "outputs": {
-            str(place): {"name": name, "tooltip": text(tooltip)} for place, (name, tooltip) in enumerate(outputs)
-        },
+        **_plain(display_name=info["display_name"], description=info["description"]),
+        "inputs": {key: _plain(name=name, tooltip=tooltip) for key, name, tooltip in inputs},
+        "outputs": {str(place): _plain(name=name, tooltip=tooltip) for place, (name, tooltip) in enumerate(outputs)},
     }
+
+
+def _plain(**texts: str) -> dict[str, str]:
+    return {key: text for key, text in texts.items() if not _SPECIAL.search(text)}
 
 
 def main() -> None:

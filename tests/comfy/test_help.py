@@ -108,6 +108,7 @@ def test_the_english_names_are_those_of_the_live_nodes(client):
         pytest.skip("this ComfyUI tells no tooltips of outputs")
     stored = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     assert stored == {name: english_names(info) for name, info in ours.items()}
+    assert not set("|@<$") & set(json.dumps(stored))  # the braces are JSON's
 
 
 @pytest.fixture(scope="module")
