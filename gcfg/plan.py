@@ -163,14 +163,6 @@ class GuidancePlan:
 
         return replace(self, terms=tuple(map(fit, self.terms)))
 
-    def with_weights(self, weights: Sequence[float]) -> GuidancePlan:
-        """The plan with other weights, one per term."""
-
-        def weighted(scheduled: ScheduledTerm, weight: float) -> ScheduledTerm:
-            return replace(scheduled, term=replace(scheduled.term, weight=weight))
-
-        return replace(self, terms=tuple(weighted(*both) for both in zip(self.terms, weights, strict=True)))
-
     @property
     def needs_sigma(self) -> bool:
         """Whether any weight depends on the noise level (reading it costs a device synchronisation)."""

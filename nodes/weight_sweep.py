@@ -14,9 +14,9 @@ from ..gcfg.sweep_weights import SweptTerm, cell_terms, find_term, parse_weights
 from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
 from .inputs import checked
-from .runtime.ksampler import sample_latent
+from .runtime.guider import GCFGGuider
+from .runtime.ksampler import sample_cells
 from .runtime.latents import first_stream
-from .runtime.sweep_guider import SweepGuider
 from .sampling import GCFGKSampler
 from .sockets import gather_terms, optional_terms
 
@@ -29,7 +29,7 @@ class GCFGWeightSweep:
     CATEGORY = "GCFG"
     DESCRIPTION = (
         "Samples every combination of the weights of two labelled terms from the same noise, and shows them on one "
-        "sheet. Cells are evaluated together, and share what they have in common, so it costs less than as many runs."
+        "sheet. Each cell is the GCFG KSampler's run with its weights."
     )
     RETURN_TYPES = ("IMAGE", "IMAGE", "LATENT")
     RETURN_NAMES = ("sheet", "images", "latent")
@@ -56,15 +56,6 @@ class GCFGWeightSweep:
                     {"default": "", "tooltip": f"{label}; it changes from row to row. Empty: one row only."},
                 ),
                 "weights_2": ("STRING", {"default": "0, 4, 8", "tooltip": f"{weights}."}),
-                "cells_at_once": (
-                    "INT",
-                    {
-                        "default": 8,
-                        "min": 1,
-                        "max": 400,
-                        "tooltip": "How many cells are evaluated in one call: as many as fit into memory as a batch.",
-                    },
-                ),
             },
             "optional": optional_terms(),
         }
@@ -85,15 +76,14 @@ class GCFGWeightSweep:
         weights_1: str,
         label_2: str,
         weights_2: str,
-        cells_at_once: int,
         **sockets: Any,
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Sample all cells, decode them and lay them out."""
         terms = gather_terms(sockets)
         swept = _swept_terms(terms, (label_1, weights_1), (label_2, weights_2))
-        guider = SweepGuider(model, unconditional, cell_terms(terms, swept), _NODE, cells_at_once)
-        latent = sample_latent(
-            guider,
+        guiders = [GCFGGuider(model, unconditional, cell, _NODE) for cell in cell_terms(terms, swept)]
+        latent = sample_cells(
+            guiders,
             latent_image,
             seed=seed,
             steps=steps,

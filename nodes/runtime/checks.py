@@ -64,6 +64,11 @@ def check_latent(node: str, base: Any, latent_image: Any) -> None:
             )
 
 
+def holds_lost(latent: Any) -> bool:
+    """Whether a latent holds NaN or infinity."""
+    return not all(bool(part.isfinite().all()) for part in streams(latent))
+
+
 def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recorder | None = None) -> bool:
     """Say that a latent holds NaN or infinity, which would only show as a black image.
 
@@ -76,7 +81,7 @@ def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recor
     Returns:
         Whether it was said.
     """
-    if all(bool(part.isfinite().all()) for part in streams(latent)):
+    if not holds_lost(latent):
         return False
     if after:
         step = None if recorder is None else recorder.lost_at()

@@ -40,7 +40,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     """
 
     run: Run  # while one is on
-    quiet = False  # whether others look at its latents
+    quiet = False  # whether another one speaks in the log for it
     original_conds: dict[str, list[dict]]
 
     def __init__(
@@ -65,7 +65,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.check_run(node, model_patcher, unconditional, self.plan)
         self.groups = grouped(model_patcher, terms)
         self.rules = self._rules()
-        two = self._lasting_pair(terms)
+        two = lasting_pair([place for place in self.groups[0].terms if place not in self.rules], terms)
         if two is not None:
             self.cfg = Weight(terms[two[0]].weight)
         self.keys = keyed(self.groups, unconditional, terms, two)
@@ -144,8 +144,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             return {**given, "model_wrap": lane.guider, "extra_args": {"model_options": lane.options, "seed": seed}}
 
         def prepared(callback: Any) -> Tensor:
-            if others or self._call_shape(noise) != noise.shape:
-                load_lanes(run.lanes, self._call_shape(noise))
+            if others:
+                load_lanes(run.lanes, noise.shape)
             for lane in others:
                 further.begin(lane, noise, latent_image, device, sigmas, denoise_mask, seed, **kwargs)
             return wrapping.within(wrapping.SAMPLER, others, around_sampler, callback, sampled, run.outside)
@@ -177,18 +177,12 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """
         return self.run.evaluate(x, timestep, model_options or {}, seed, self.cfg)
 
-    def _lasting_pair(self, terms: Sequence[GuidanceTerm]) -> tuple[int, int] | None:
-        return lasting_pair([place for place in self.groups[0].terms if place not in self.rules], terms)
-
     def __call__(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stock's way to a prediction; wrappers on it find in `cfg` the weight of this noise level."""
         if self.plan.steady is None and versions.wrappers(PREDICT, self.model_options):
             self.cfg = Weight(self.run.weight_at(float(timestep[0])))
         prediction: Tensor = super().__call__(x, timestep, *args, **kwargs)
         return prediction
-
-    def _call_shape(self, noise: Tensor) -> Sequence[int]:
-        return noise.shape  # of the largest batch of latents that one call evaluates
 
     def _conditioning(self, place: int) -> Any:
         term = self.plan.terms[place].term
@@ -211,15 +205,17 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     def _begun(self, levels: Sequence[float], plan: GuidancePlan) -> Run:
         """A run over these noise levels; terms that act at none of them, or nowhere, are not part of it."""
         *steps, last = levels
-        checks.warn_idle(plan.idle(steps or [last]))
-        checks.warn_nowhere(plan)
+        if not self.quiet:
+            checks.warn_idle(plan.idle(steps or [last]))
+            checks.warn_nowhere(plan)
         used = set(plan.used([*(steps or [last]), last]))
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].terms if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
-        checks.warn_caches(lanes)
-        checks.warn_settings(lanes)
+        if not self.quiet:
+            checks.warn_caches(lanes)
+            checks.warn_settings(lanes)
         conds = {**{key: conds for lane in lanes[1:] for key, conds in lane.conds.items()}, **self.original_conds}
         steps_of_run = Steps(levels)
         recorder = self.watch.recorder(levels, [term.label for term in plan.terms])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.sample
@@ -10,7 +11,7 @@ import latent_preview
 from torch import Tensor
 
 from ...gcfg.errors import GuidanceError
-from . import latents, versions
+from . import checks, latents, versions
 from .guider import GCFGGuider
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -30,6 +31,7 @@ def sample_latent(
     start_step: int | None = None,
     last_step: int | None = None,
     force_full_denoise: bool = False,
+    callback: Callable[[int, Any, Any, int], Any] | None = None,
 ) -> dict[str, Any]:
     """Sample a latent with GCFG as the stock KSampler (Advanced) does with CFG.
 
@@ -45,6 +47,7 @@ def sample_latent(
         start_step: first step to run, or None.
         last_step: step to stop at, or None.
         force_full_denoise: whether to end at sigma 0 even when stopping early.
+        callback: is told of each step (its number, denoised, x, how many there are); None: ComfyUI's preview.
 
     Returns:
         A copy of `latent` with new samples.
@@ -73,13 +76,46 @@ def sample_latent(
         comfy.samplers.sampler_object(stock.sampler),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=latent_preview.prepare_callback(model, steps) if callback is None else callback,
         disable_pbar=versions.progress_bar_disabled(),
         seed=seed,
     )
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     out["samples"] = latents.to_intermediate(samples)
     return out
+
+
+def sample_cells(
+    guiders: Sequence[GCFGGuider], latent: dict[str, Any], *, steps: int, **settings: Any
+) -> dict[str, Any]:
+    """Sample a latent once with each guider, all from the same noise.
+
+    Args:
+        guiders: one for each cell, of one model; the first speaks for all in the log.
+        latent: ComfyUI's latent dictionary.
+        steps: of each run.
+        settings: of `sample_latent`.
+
+    Returns:
+        A copy of `latent` with the samples of all cells in one batch, cell by cell.
+
+    Raises:
+        GuidanceError: see `sample_latent`.
+    """
+    count = len(guiders)
+    preview = latent_preview.prepare_callback(guiders[0].model_patcher, steps * count)
+    results = []
+    for number, guider in enumerate(guiders):
+        guider.quiet = number > 0
+
+        def told(step: int, denoised: Any, x: Any, total: int, number: int = number) -> None:
+            preview(number * total + step, denoised, x, count * total)
+
+        results.append(sample_latent(guider, latent, steps=steps, callback=told, **settings))
+    samples = [result["samples"] for result in results]
+    if not checks.holds_lost(samples[0]):  # else the first has said so
+        checks.warn_not_finite(guiders[0].node, latents.joined(samples), True)
+    return {**results[0], "samples": latents.joined(samples)}
 
 
 def cut_sigmas(sigmas: Tensor, start_step: int | None, last_step: int | None, force_full_denoise: bool) -> Tensor:

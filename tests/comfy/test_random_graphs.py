@@ -250,7 +250,7 @@ class Graph:
             labels = [label for label in labels if isinstance(label, str)] if self.chance(0.9) else LABELS
             swept = {f"weights_{n}": dice.choice(WEIGHTS[:3] if self.chance(0.9) else WEIGHTS) for n in (1, 2)}
             swept |= {"label_1": dice.choice(labels or LABELS), "label_2": dice.choice(["", "", *labels])}
-            swept |= {"vae": self.link("VAE"), "cells_at_once": 3}
+            swept |= {"vae": self.link("VAE")}
             node = self.add("GCFGWeightSweep", **inputs, **sockets, **run, **swept, seed=1, denoise=1.0)
             self.add("PreviewImage", images=[node, 0])
             return

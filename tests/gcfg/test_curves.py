@@ -241,13 +241,6 @@ def test_used_and_idle_follow_the_curve_and_the_interval():
     assert [term.label for term in scheduled.idle(percents(0.9))] == []
 
 
-def test_with_weights_keeps_the_curve():
-    (active,) = plan(LINEAR).with_weights([4.0]).active(SCHEDULES["flow"](0.75))
-    assert active.weight == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(ValueError, match="zip"):
-        plan(LINEAR).with_weights([4.0, 1.0])
-
-
 def test_a_sigma_is_inverted_once_for_all_terms_and_evaluations():
     asked = []
 

@@ -384,8 +384,8 @@ def test_a_node_before_a_branch_acts_once(gcfg_step, put, prior, prompt, comfy):
 @pytest.mark.parametrize("on", ["sampler", "term"])
 def test_in_a_sweep_each_cell_is_a_run_of_its_own(gcfg, put, prior, concept, prompt, latent, on):
     """APG with momentum keeps what it saw at the last step."""
-    from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.nodes.runtime.ksampler import sample_cells
 
     model = put(prior, NODES["APG"]) if on == "sampler" else prior
     other = put(concept, NODES["APG"]) if on == "term" else concept
@@ -394,9 +394,9 @@ def test_in_a_sweep_each_cell_is_a_run_of_its_own(gcfg, put, prior, concept, pro
         return (GuidanceTerm(a, conditioning=prompt(1)), GuidanceTerm(b, model=other, conditioning=prompt(2)))
 
     cells = [terms(a, b) for b in (1.5, 3.0) for a in (2.0, 4.0)]
-    guider = SweepGuider(model, prompt(0), cells, "Test", 8)
+    guiders = [GCFGGuider(model, prompt(0), cell, "Test") for cell in cells]
     settings = {"seed": 1, "steps": 3, "sampler_name": "euler", "scheduler": "normal"}
-    got = sample_latent(guider, latent, **settings)["samples"]
+    got = sample_cells(guiders, latent, **settings)["samples"]
     expected = torch.cat([gcfg(model, prompt(0), cell, latent, steps=3) for cell in cells])
     assert torch.equal(got, expected)
 
@@ -427,12 +427,13 @@ def test_a_rule_with_guidance_cache(gcfg, put, prior, concept, prompt, latent, c
 
 def test_a_sweep_whose_first_cell_is_a_pair(gcfg, prior, prompt, latent):
     """Its other cells are none, and are measured from the unconditional."""
-    from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.nodes.runtime.ksampler import sample_cells
 
     cells = [(GuidanceTerm(w, conditioning=prompt(1)), GuidanceTerm(-4.0, conditioning=prompt(2))) for w in (5.0, 3.0)]
     settings = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "normal"}
-    got = sample_latent(SweepGuider(prior, prompt(0), cells, "Test", 8), latent, **settings)["samples"]
+    guiders = [GCFGGuider(prior, prompt(0), cell, "Test") for cell in cells]
+    got = sample_cells(guiders, latent, **settings)["samples"]
     expected = torch.cat([gcfg(prior, prompt(0), cell, latent, steps=2) for cell in cells])
     assert close(got, expected)
 

@@ -236,8 +236,8 @@ def test_nothing_at_optional_inputs_is_not_connected(classes, good, node_id):
         ),
         (
             "GCFGWeightSweep",
-            {"cells_at_once": 0},
-            "Weight Sweep: cells_at_once is 0, expected a whole number from 1 to 400; correct it.",
+            {"steps": 0},
+            "Weight Sweep: steps is 0, expected a whole number from 1 to 10000; correct it.",
         ),
         ("GCFGGuider", {"model": 3}, "GCFG Guider: model is 3, expected a model; connect a node that loads one."),
         (

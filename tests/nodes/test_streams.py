@@ -125,7 +125,7 @@ def test_a_sweep_decodes_the_video(family, models, gcfg):
 
     prior, empty = models[0], family.conditioning(0)
     sheet, images, latent = GCFGWeightSweep().sweep(
-        prior, 1, 2, "euler", "simple", empty, family.latent(), 1.0, _Decoder(), "concept", "1, 2", "", "", 2,
+        prior, 1, 2, "euler", "simple", empty, family.latent(), 1.0, _Decoder(), "concept", "1, 2", "", "",
         term_1=terms(0.0),
     )  # fmt: skip
     frames = family.shapes[0][1]
@@ -133,30 +133,16 @@ def test_a_sweep_decodes_the_video(family, models, gcfg):
     assert sheet.shape[0] == frames
     for place, weight in enumerate((1.0, 2.0)):
         alone = gcfg(prior, empty, terms(weight), family.latent(), steps=2, scheduler="simple").unbind()
-        assert close([part[place : place + 1] for part in latent["samples"].unbind()], alone)
-
-
-@pytest.mark.parametrize("family", ["minimax_h3"], indirect=True)
-def test_a_sweep_says_when_a_model_takes_one_latent_at_a_time(family, models):
-    from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
-
-    term = GuidanceTerm(1.0, model=models[1], conditioning=family.conditioning(1), label="concept")
-
-    def sweep(at_once):
-        return GCFGWeightSweep().sweep(
-            models[0], 1, 2, "euler", "simple", family.conditioning(0), family.latent(), 1.0, _Decoder(), "concept",
-            "1, 2", "", "", at_once, term_1=(term,),
-        )  # fmt: skip
-
-    with pytest.raises(GuidanceError, match=r"^Weight Sweep: the model cannot evaluate 2 cells in one call \("):
-        sweep(8)
-    assert [len(part) for part in sweep(1)[2]["samples"].unbind()] == [2, 2]
+        assert all(
+            torch.equal(part[place : place + 1], one)
+            for part, one in zip(latent["samples"].unbind(), alone, strict=True)
+        )
 
 
 @pytest.mark.parametrize("family", ["ltxav"], indirect=True)
 def test_a_sweep_under_guidance_nodes_joins_nested_cells(family, models, gcfg):
-    from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.nodes.runtime.ksampler import sample_cells
 
     hooked = models[0].clone()
     hooked.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)
@@ -164,9 +150,9 @@ def test_a_sweep_under_guidance_nodes_joins_nested_cells(family, models, gcfg):
     def terms(weight):
         return [GuidanceTerm(weight, model=models[1], conditioning=family.conditioning(1))]
 
-    guider = SweepGuider(hooked, family.conditioning(0), [terms(1.0), terms(2.0)], "Weight Sweep", 2)
+    guiders = [GCFGGuider(hooked, family.conditioning(0), terms(weight), "Weight Sweep") for weight in (1.0, 2.0)]
     settings = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "simple"}
-    cells = sample_latent(guider, family.latent(), **settings)["samples"].unbind()
+    cells = sample_cells(guiders, family.latent(), **settings)["samples"].unbind()
     alone = gcfg(hooked, family.conditioning(0), terms(2.0), family.latent(), steps=2, scheduler="simple").unbind()
     assert all(torch.equal(part[1:], one) for part, one in zip(cells, alone, strict=True))
 

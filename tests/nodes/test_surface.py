@@ -39,7 +39,7 @@ SURFACE = {
         "Weight Sweep",
         [
             *("model", "seed", "steps", "sampler_name", "scheduler", "unconditional", "latent_image", "denoise", "vae"),
-            *("label_1", "weights_1", "label_2", "weights_2", "cells_at_once"),
+            *("label_1", "weights_1", "label_2", "weights_2"),
         ],
         TERMS,
         ("IMAGE", "IMAGE", "LATENT"),

@@ -187,10 +187,9 @@ def test_guidance_cache(animal):
     assert not close(half, whole)
 
 
-@pytest.mark.usefixtures("rows_apart")
 def test_cells_of_a_sweep_are_runs(animal):
-    from comfyui_gcfg.nodes.runtime.ksampler import sample_latent
-    from comfyui_gcfg.nodes.runtime.sweep_guider import SweepGuider
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.nodes.runtime.ksampler import sample_cells
 
     def terms(weight):
         return [
@@ -198,9 +197,8 @@ def test_cells_of_a_sweep_are_runs(animal):
             GuidanceTerm(1.5, model=animal.concept, conditioning=animal.other),
         ]
 
-    at_once = 2 if animal.family.batches else 1
-    guider = SweepGuider(animal.prior, animal.empty, [terms(2.0), terms(5.0)], "Weight Sweep", at_once)
+    guiders = [GCFGGuider(animal.prior, animal.empty, terms(weight), "Weight Sweep") for weight in (2.0, 5.0)]
     settings = {"seed": 1, "steps": 2, "sampler_name": "euler", "scheduler": "simple"}
-    cells = streams(sample_latent(guider, animal.family.latent(), **settings)["samples"])
+    cells = streams(sample_cells(guiders, animal.family.latent(), **settings)["samples"])
     for place, weight in enumerate((2.0, 5.0)):
-        assert close([part[place : place + 1] for part in cells], animal.gcfg(terms(weight)))
+        assert equal([part[place : place + 1] for part in cells], animal.gcfg(terms(weight)))
