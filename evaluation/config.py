@@ -139,13 +139,11 @@ class MethodConfig(Section):
 
     title: str = Field(
         "",
-        description="Name in the tables; without it the key. The report knows the keys 'prior' (alone), 'ours', "
-        "'textual_inversion', 'dreambooth', 'custom_diffusion' and 'oft', and sets the paper's numbers beside them.",
+        description="Name in the tables; without it the key.",
     )
     group: str = Field(
         "methods",
-        description="'methods' for the paper's tables; 'drift', 'null_text', 'decoupling', 'negative' or another word "
-        "for an ablation.",
+        description="'methods' for the page's first tables; any other word for a table of its own, as of an ablation.",
     )
     fid: Recipe | None = None
     alignment: Recipe | None = None
@@ -234,7 +232,7 @@ class SweepConfig(Section):
 class ReportConfig(Section):
     """The page."""
 
-    title: str = Field("The paper's experiments, measured here", description="Its heading.")
+    title: str = Field("Fidelity and control, measured", description="Its heading.")
     about: str = Field("", description="Paragraphs below it, in Markdown: what the prior and the concept are.")
 
 
