@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
+from ..training.processes import from_main
 from .config import Config, Term
 from .images import concatenated, picture, read_shard
 from .measures import Measures
@@ -73,8 +74,7 @@ def run_sweep(evaluation: Evaluation) -> dict[str, Any]:
     decides = evaluation.fingerprint(recipe, task, files)
     if stored := evaluation.stored(path, decides):
         return stored
-    if evaluation.is_main:
-        task.prepare(evaluation.measures)
+    from_main(lambda: task.prepare(evaluation.measures))
     cells, seconds = [], 0.0
     pictures: dict[tuple[float, ...], Image.Image] = {}
     searched = recipe.searched

@@ -1,6 +1,7 @@
 """A small world to evaluate: a prior, models made from it in every form, a ControlNet, scans, and plain metrics."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def write_evaluation(world, digits):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
-        patch.setenv("PYTHONPATH", str(world))
+        patch.setenv("PYTHONPATH", str(world), prepend=os.pathsep)
         yield write
 
 

@@ -1,7 +1,9 @@
 """Evaluations that are broken off, and those of several processes, beside one that ran through."""
 
 import json
+import re
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from comfyui_gcfg.evaluation import generation
 from comfyui_gcfg.evaluation.config import Recipe, SamplingConfig
 from comfyui_gcfg.evaluation.images import Shard, read_shard, seconds_of, shards, write_shard
 from comfyui_gcfg.testkit.processes import torchrun
+from filelock import FileLock
 from typer.testing import CliRunner
 
 METHODS = {
@@ -77,6 +80,26 @@ def test_two_processes_give_the_images_and_numbers_of_one(evaluation_file, tmp_p
     assert two.returncode == 0, err
     assert outcome(tmp_path) == unbroken
     assert out.count("fid of ours: ") == 1  # the main process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fid", "sentence"),
+    [
+        ({"images": "nowhere"}, "fid.images '.*nowhere' is no folder"),  # found when the files are hashed
+        ({"extractor": "evaluation_standins:nothing"}, "fid.extractor .*nothing"),  # when the metrics are made
+        ({}, "output.folder '.*' is in use by another gcfg command"),
+    ],
+)
+def test_an_error_of_the_main_process_is_one_sentence_in_all(evaluation_file, tmp_path, fid, sentence):
+    path = evaluation_file(methods=METHODS, fid={"count": 2, "search_count": 2, **fid})
+    (tmp_path / "evaluation").mkdir()
+    with nullcontext() if fid else FileLock(tmp_path / "evaluation" / ".lock"):
+        two = torchrun("evaluate", "fid", path)
+        _, err = two.communicate(timeout=300)
+    assert two.returncode == 1
+    assert re.search(rf"^Error: {sentence}", err, re.MULTILINE), err
+    assert not re.search(r"(?i)\[rank\d\]|gloo|connection closed", err)  # the launcher's own traceback is beside them
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
