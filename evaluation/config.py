@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ..gcfg.errors import GuidanceError
+from ..training.config import NotNegative, Positive, Section
 
 Task = Literal["fid", "alignment", "canny", "diversity"]
 
@@ -20,15 +21,7 @@ PRIOR = "prior"  # the model that every config has
 TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
 SEPARATOR = " | "  # between the parts of a task's prompt
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
 Weight = float | Annotated[tuple[float, ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """What all sections have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class PriorConfig(Section):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..training.concept import PIXELS
 from ..training.files import remove_unfinished
+from ..training.prior.vae import LATENT_CHANNELS
 from ..training.sampling import sample, starting_noise
 from .config import Recipe, SamplingConfig
 from .images import Shard, shards, write_shard
@@ -23,8 +24,6 @@ from .sampling import Control, decode, denoiser
 
 # The conditions of images by their numbers, (N, 3, H, W) in [0, 1].
 Hints = Callable[[range], Tensor]
-
-LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
