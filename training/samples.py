@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from ..gcfg.combine import combine
@@ -18,12 +16,11 @@ from .config import Config
 from .files import whole_file
 from .learner import Learner
 from .material import Material, read_vae
+from .picture_grid import labelled_grid
 from .sampling import Denoise, sample, starting_noise
 
 if TYPE_CHECKING:
     from .prior.vae import Autoencoder
-
-_CAPTION = 14  # pixels
 
 
 def write_samples(config: Config, material: Material, learner: Learner, step: int) -> Image.Image:
@@ -43,7 +40,7 @@ def write_samples(config: Config, material: Material, learner: Learner, step: in
         ]
     vae.to(device)
     captions = [f"w = {weight:g}" for weight in config.sample.weights]
-    picture = grid([(caption, decode(vae, each)) for caption, each in zip(captions, latents, strict=True)])
+    picture = labelled_grid([(caption, decode(vae, each)) for caption, each in zip(captions, latents, strict=True)])
     with whole_file(Path(config.output.folder) / "samples" / f"step-{step:08d}.png") as beside:
         picture.save(beside, format="PNG")
     return picture
@@ -77,20 +74,6 @@ def decode(vae: Autoencoder, latents: Tensor) -> list[Image.Image]:
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
         pictures.append(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()))
     return pictures
-
-
-def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Return one picture with a captioned row for each entry."""
-    captioned = []
-    for caption, pictures in rows:
-        for place, picture in enumerate(pictures):
-            cell = Image.new("RGB", (picture.width, picture.height + _CAPTION), "white")
-            cell.paste(picture, (0, _CAPTION))
-            if place == 0:
-                ImageDraw.Draw(cell).text((2, 1), caption, fill="black")
-            captioned.append(cell)
-    whole: Image.Image = make_image_grid(captioned, len(rows), len(rows[0][1]))
-    return whole
 
 
 def _denoiser(unet: nn.Module, material: Material, conditions: Conditions) -> Denoise:

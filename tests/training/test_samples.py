@@ -3,7 +3,8 @@
 import pytest
 import torch
 from comfyui_gcfg.training.objective import Objective
-from comfyui_gcfg.training.samples import grid, guided
+from comfyui_gcfg.training.picture_grid import labelled_grid
+from comfyui_gcfg.training.samples import guided
 from comfyui_gcfg.training.sampling import sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
@@ -68,7 +69,7 @@ def test_each_seed_has_its_noise_whatever_stands_beside_it():
 def test_the_grid_has_a_captioned_row_for_each_weight():
     colours = [["red", "lime"], ["blue", "black"], ["white", "gray"]]
     rows = [(f"w = {i}", [Image.new("RGB", (40, 30), c) for c in row]) for i, row in enumerate(colours)]
-    whole = grid(rows)
+    whole = labelled_grid(rows)
     assert whole.size == (80, 3 * whole.height // 3)
     height = whole.height // 3
     for i, row in enumerate(colours):
