@@ -1,4 +1,4 @@
-"""`gcfg evaluate`: the paper's tables, from a config that names models, methods and real images."""
+"""`gcfg evaluate`: tables of methods, from a config that names models, methods and real images."""
 
 from __future__ import annotations
 
@@ -167,16 +167,9 @@ def _sweep(evaluation: Evaluation) -> None:
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
-    from ..evaluation.report import Experiment, read_stages, write_report
-    from ..evaluation.results import read_results
-    from ..evaluation.run import RESULTS
-    from ..evaluation.tasks import Canny
+    from ..evaluation.report import report
 
-    folder = config.output_folder
-    page = page or folder / "report.md"
-    experiment = Experiment(config.report.title, config.report.about, read_stages(stages) if stages else {})
-    write_report(read_results(folder / RESULTS), experiment, page, folder, lambda: Canny(config).edges)
-    say(str(page))
+    say(str(report(config, page, stages)))
 
 
 def _refuse_unknown(config: Config, methods: Sequence[str] | None) -> None:

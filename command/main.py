@@ -69,7 +69,7 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
     with one_sentence():
         settings = load_config(config, overrides or ())
-        from ..training.data.encode_images import encode_images, told
+        from ..training.encode_images import encode_images, told
         from ..training.processes import join_processes
 
         report = encode_images(settings)

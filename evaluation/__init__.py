@@ -1,1 +1,1 @@
-"""The paper's experiments as commands: images by the thousand, their metrics, and the page that tells them."""
+"""What measures images: they are made by the thousand, measured, and told on a page."""

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ..gcfg.errors import GuidanceError
+from ..training.config import NotNegative, Positive, Section
 
 Task = Literal["fid", "alignment", "canny", "diversity"]
 
@@ -20,15 +21,7 @@ PRIOR = "prior"  # the model that every config has
 TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
 SEPARATOR = " | "  # between the parts of a task's prompt
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
 Weight = float | Annotated[tuple[float, ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """What all sections have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class PriorConfig(Section):
@@ -139,13 +132,11 @@ class MethodConfig(Section):
 
     title: str = Field(
         "",
-        description="Name in the tables; without it the key. The report knows the keys 'prior' (alone), 'ours', "
-        "'textual_inversion', 'dreambooth', 'custom_diffusion' and 'oft', and sets the paper's numbers beside them.",
+        description="Name in the tables; without it the key.",
     )
     group: str = Field(
         "methods",
-        description="'methods' for the paper's tables; 'drift', 'null_text', 'decoupling', 'negative' or another word "
-        "for an ablation.",
+        description="'methods' for the page's first tables; any other word for a table of its own, as of an ablation.",
     )
     fid: Recipe | None = None
     alignment: Recipe | None = None
@@ -234,7 +225,7 @@ class SweepConfig(Section):
 class ReportConfig(Section):
     """The page."""
 
-    title: str = Field("The paper's experiments, measured here", description="Its heading.")
+    title: str = Field("Fidelity and control, measured", description="Its heading.")
     about: str = Field("", description="Paragraphs below it, in Markdown: what the prior and the concept are.")
 
 

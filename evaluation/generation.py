@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from ..training.concept import PIXELS
 from ..training.files import remove_unfinished
-from ..training.samples import starting_noise
+from ..training.prior.vae import LATENT_CHANNELS
+from ..training.sampling import sample, starting_noise
 from .config import Recipe, SamplingConfig
 from .images import Shard, shards, write_shard
 from .models import Models
-from .sampling import Control, decode, denoiser, sample
+from .sampling import Control, decode, denoiser
 
 # The conditions of images by their numbers, (N, 3, H, W) in [0, 1].
 Hints = Callable[[range], Tensor]
-
-LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)

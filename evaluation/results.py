@@ -12,7 +12,7 @@ from typing import Any
 
 from ..gcfg.errors import GuidanceError
 from ..training.data.images import find_images
-from ..training.files import whole_file
+from ..training.files import sha256_of, whole_file
 
 FORMAT = 1
 _PACKAGES = ("comfyui_gcfg", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow")
@@ -68,12 +68,9 @@ class Hashes:
         known = self._known.get(str(path.resolve()))
         if known and known[:2] == state:
             return str(known[2])
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        self._known[str(path.resolve())] = [*state, digest.hexdigest()]
-        return digest.hexdigest()
+        digest = sha256_of(path)
+        self._known[str(path.resolve())] = [*state, digest]
+        return digest
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
-
-from accelerate.utils import broadcast_object_list
+from typing import Any
 
 from ..gcfg.errors import GuidanceError
-from ..training.processes import alone_in, join_processes
+from ..training.processes import alone_in, from_main, join_processes
 from .config import PRIOR, Config, Recipe
 from .config import Task as TaskName
 from .generation import Order, generate
@@ -26,8 +24,6 @@ from .tasks import TASKS, Task
 
 RESULTS, IMAGES = "results", "images"
 _GENERATION = 2  # raised when the same settings give other images
-
-Value = TypeVar("Value")
 Files = Mapping[str, Mapping[str, str]]  # path and sha256 by the setting that names the file
 
 
@@ -107,8 +103,7 @@ class Evaluation:
 
     def _searched(self, task: Task, method: str, recipe: Recipe, files: Files) -> dict[str, Any]:
         """Search the weights, and measure the best ones in full."""
-        if self.is_main:
-            task.prepare(self.measures)
+        from_main(lambda: task.prepare(self.measures))
         choices = grid(recipe)
         trials: list[dict[str, Any]] = []
         seconds = 0.0
@@ -158,7 +153,7 @@ class Evaluation:
             seconds = time.perf_counter() - began + sum(map(seconds_of, paths))
             return Measured(numbers, details, folder.relative_to(self.folder).as_posix(), paths, seconds)
 
-        return self._told(measure)
+        return from_main(measure)
 
     def stored(self, path: Path, decides: str) -> dict[str, Any] | None:
         """Return the result in a file if nothing that decides it has changed."""
@@ -167,7 +162,7 @@ class Evaluation:
             result = read_result(path)
             return result if result and result.get("fingerprint") == decides else None
 
-        return self._told(current)
+        return from_main(current)
 
     def fingerprint(self, recipe: Recipe, task: Task, files: Files) -> str:
         """Return a hash over all that decides a result."""
@@ -196,7 +191,7 @@ class Evaluation:
             self._hashes.save()
             return found
 
-        return self._told(hashed)
+        return from_main(hashed)
 
     def provenance(self, files: Files) -> dict[str, Any]:
         """Return what a result says of its origin."""
@@ -244,13 +239,6 @@ class Evaluation:
             assert path
             counts.append(trained_parameters(path, f"models.{name}") if model.parameters is None else model.parameters)
         return None if None in counts else sum(counts)  # type: ignore[arg-type]
-
-    def _told(self, value: Callable[[], Value]) -> Value:
-        """Return in all processes what a function returns in the main one."""
-        held: list[Any] = [value() if self.is_main else None]
-        broadcast_object_list(held)
-        told: Value = held[0]
-        return told
 
 
 def grid(recipe: Recipe) -> list[tuple[float, ...]]:

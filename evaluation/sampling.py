@@ -1,4 +1,4 @@
-"""Images of a guidance: any number of networks around one base, by DPM-Solver++, a batch at a time."""
+"""The prediction of a guidance, any number of networks around one base, and the images of its latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..gcfg.combine import combine
 from ..gcfg.plan import ActiveTerm, needs_base
 from ..training.concept import Conditions, predict
 from ..training.objective import Objective
-from ..training.samples import Denoise, _scheduler
+from ..training.sampling import Denoise
 
 if TYPE_CHECKING:
     from ..training.prior.vae import Autoencoder
@@ -118,25 +118,6 @@ def take_hints(controlnet: nn.Module) -> nn.Module:
     layers: nn.Module = controlnet.controlnet_cond_embedding  # type: ignore[assignment]
     controlnet.controlnet_cond_embedding = nn.Identity()
     return layers
-
-
-@torch.inference_mode()
-def sample(denoised: Denoise, x: Tensor, objective: Objective, steps: int) -> Tensor:
-    """Sample latents.
-
-    Args:
-        denoised: the prediction, as `denoiser` gives it.
-        x: standard normal noise, (B, C, H, W).
-        objective: the schedule.
-        steps: of DPM-Solver++ (2M).
-
-    Returns: latents in the UNet's scale, (B, C, H, W).
-    """
-    scheduler = _scheduler(objective)
-    scheduler.set_timesteps(steps, device=x.device)
-    for t in scheduler.timesteps:
-        x = scheduler.step(denoised(x, t.expand(len(x))), t, x, return_dict=False)[0]
-    return x
 
 
 @torch.inference_mode()

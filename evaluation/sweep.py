@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
+from ..training.picture_grid import labelled_grid
+from ..training.processes import from_main
 from .config import Config, Term
 from .images import concatenated, picture, read_shard
 from .measures import Measures
@@ -18,7 +20,7 @@ from .run import RESULTS, Evaluation, grid
 from .tasks import Numbers, Task
 
 NAME = "sweep"
-_HEADER, _MARGIN = 14, 64  # pixels above the columns, and left of the rows
+_MARGIN = 64  # pixels left of the rows
 
 
 class Sweep(Task):
@@ -73,8 +75,7 @@ def run_sweep(evaluation: Evaluation) -> dict[str, Any]:
     decides = evaluation.fingerprint(recipe, task, files)
     if stored := evaluation.stored(path, decides):
         return stored
-    if evaluation.is_main:
-        task.prepare(evaluation.measures)
+    from_main(lambda: task.prepare(evaluation.measures))
     cells, seconds = [], 0.0
     pictures: dict[tuple[float, ...], Image.Image] = {}
     searched = recipe.searched
@@ -115,17 +116,9 @@ def run_sweep(evaluation: Evaluation) -> dict[str, Any]:
 def plane(pictures: Mapping[tuple[float, ...], Image.Image], axes: Sequence[Term]) -> Image.Image:
     """Return the images of all pairs of weights as one: a row for each first weight, a column for each second."""
     down, across = (_weights(term) for term in axes)
-    size = next(iter(pictures.values())).width
-    whole = Image.new("RGB", (_MARGIN + size * len(across), 2 * _HEADER + size * len(down)), "white")
-    draw = ImageDraw.Draw(whole)
-    draw.text((2, 1), f"down: {_label(axes[0])}, across: {_label(axes[1])}", fill="black")
-    for x, weight in enumerate(across):
-        draw.text((_MARGIN + x * size + 2, _HEADER + 1), f"{weight:g}", fill="black")
-    for y, weight in enumerate(down):
-        draw.text((2, 2 * _HEADER + y * size + size // 2 - 6), f"{weight:g}", fill="black")
-    for (first, second), image in pictures.items():
-        whole.paste(image, (_MARGIN + across.index(second) * size, 2 * _HEADER + down.index(first) * size))
-    return whole
+    rows = [(f"{first:g}", [pictures[first, second] for second in across]) for first in down]
+    title = f"down: {_label(axes[0])}, across: {_label(axes[1])}"
+    return labelled_grid(rows, [f"{weight:g}" for weight in across], title, left=_MARGIN)
 
 
 def _label(term: Term) -> str:

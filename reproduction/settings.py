@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ..gcfg.errors import GuidanceError
+from ..training.config import Positive, Section
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,14 +18,8 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 
-Positive = Annotated[int, Field(gt=0)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class World(_Section):
+class World(Section):
     """What is drawn, and how long the world's own networks train."""
 
     pictures: Positive
@@ -37,7 +32,7 @@ class World(_Section):
     controlnet_learning_rate: Annotated[float, Field(gt=0)]
 
 
-class Methods(_Section):
+class Methods(Section):
     """The budget of every method."""
 
     steps: Positive
@@ -45,7 +40,7 @@ class Methods(_Section):
     precision: Literal["fp32", "bf16"]
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Sampler steps, and numbers of images; those of the weight search are smaller."""
 
     steps: Positive
@@ -62,7 +57,7 @@ class Evaluation(_Section):
     sweep_control: tuple[float, ...]
 
 
-class Settings(_Section):
+class Settings(Section):
     """A reproduction."""
 
     world: World

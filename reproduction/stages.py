@@ -10,9 +10,12 @@ from pathlib import Path
 from string import Template
 
 from ..command.main import app
+from ..evaluation.config_file import load_config
+from ..evaluation.report import report
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from .methods import METHODS
+from .paper.page import draw_tradeoff, page_text
 from .settings import Settings
 from .world import World
 
@@ -87,8 +90,7 @@ def _evaluating(folder: Path, settings: Settings, task: str) -> Callable[[], Non
 
 
 def _report(folder: Path, settings: Settings, page: Path | None) -> None:
-    where = ["--page", str(page)] if page else []
-    _gcfg("evaluate", "report", str(_evaluation(folder, settings)), "--stages", str(folder / STAGES), *where)
+    report(load_config(_evaluation(folder, settings)), page, folder / STAGES, page_text, draw_tradeoff)
 
 
 def _method(folder: Path, settings: Settings, name: str) -> list[str]:

@@ -7,7 +7,6 @@ run/checkpoints/step-00001000/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..gcfg.errors import printable
-from .files import discard, remove_unfinished, whole_folder
+from .files import discard, remove_unfinished, sha256_of, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +105,4 @@ def _file(folder: Path, part: str) -> Path:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -21,11 +21,13 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What all sections of a config have in common: unknown keys and odd numbers are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The prior, and what becomes of it."""
 
     checkpoint: str = Field(
@@ -105,7 +107,7 @@ class ModelConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The images and their latents."""
 
     images: str = Field(
@@ -136,7 +138,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = Field(10_000, description="Optimizer steps in all.", json_schema_extra=FREE)
@@ -179,7 +181,7 @@ class TrainConfig(_Section):
     )
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """The pictures on which one sees it learn: GCFG of the concept around the frozen prior."""
 
     every: NotNegative = Field(500, description="Steps between two sample grids; 0: none.", json_schema_extra=FREE)
@@ -190,7 +192,7 @@ class SampleConfig(_Section):
     steps: Positive = Field(25, description="Steps of DPM-Solver++ (2M).", json_schema_extra=FREE)
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """What is written, and how often."""
 
     folder: str = Field(
@@ -205,7 +207,7 @@ class OutputConfig(_Section):
     tensorboard: bool = Field(True, description="Write TensorBoard's event files as well.", json_schema_extra=FREE)
 
 
-class Config(_Section):
+class Config(Section):
     """A run of the trainer."""
 
     preset: Literal["", "ffhq", "afhq"] = Field(
@@ -228,7 +230,7 @@ def fields() -> Iterator[tuple[str, str, str, str]]:
     """Yield (dotted name, kind, default, description) of every field, in the schema's order."""
     for name, info in Config.model_fields.items():
         section = info.annotation
-        if isinstance(section, type) and issubclass(section, _Section):
+        if isinstance(section, type) and issubclass(section, Section):
             for key, field in section.model_fields.items():
                 yield f"{name}.{key}", _kind(field.annotation), _shown(field.default), field.description or ""
         else:
@@ -239,7 +241,7 @@ def changed_on_resume(before: Mapping[str, Any], now: Config) -> list[str]:
     """Name, with both values, every setting that decides what is learned and differs from a run's first start."""
     changes = []
     for section, info in Config.model_fields.items():
-        if not (isinstance(info.annotation, type) and issubclass(info.annotation, _Section)):
+        if not (isinstance(info.annotation, type) and issubclass(info.annotation, Section)):
             continue
         values = getattr(now, section).model_dump(mode="json")
         for key, field in info.annotation.model_fields.items():

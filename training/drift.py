@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..gcfg.null_text import null_text_blocks
 from .concept import Conditions, Noised, predict
+from .objective import TIMESTEPS
 
-TIMESTEPS = 1000
 BINS = 10
 
 

@@ -9,13 +9,12 @@ flow: target = n - x0                  x0 = x - sigma out                 # Liu 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-Prediction = Literal["eps", "v", "flow"]
+from .prior.model import Prediction
 
 TIMESTEPS = 1000  # of Stable Diffusion's schedule, also the scale of a flow UNet's time input
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from ..gcfg.errors import GuidanceError
 
 # Hashing a data set, drawing samples and saving may take the main process longer than the usual ten minutes.
 PATIENCE = timedelta(days=7)
+
+T = TypeVar("T")
 
 
 def only_cpu() -> bool:
@@ -32,24 +36,43 @@ def join_processes() -> PartialState:
     return state
 
 
+def from_main(function: Callable[[], T]) -> T:
+    """Run a function in the main process only; all processes get its result, or its error.
+
+    Raises: GuidanceError: in every process, what the function raised in the main one.
+    """
+    told: list[T | str | None] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            told[0] = function()
+        except GuidanceError as error:
+            told[1] = str(error)
+    broadcast_object_list(told)
+    result, complaint = told
+    if complaint is not None:
+        raise GuidanceError(str(complaint))
+    return result  # type: ignore[return-value]
+
+
 @contextmanager
 def alone_in(folder: Path, source: str) -> Iterator[None]:
     """Keep other runs out of a folder within the `with` block; the system opens it again when the process dies.
 
     Raises: GuidanceError: if another run is at work there; `source` names the setting.
     """
-    if not PartialState().is_main_process:  # the main process holds the folder for all
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise GuidanceError(
-            f"{source} {str(folder)!r} is in use by another gcfg command, expected to be the only one; wait for it, "
-            "or name another folder."
-        ) from error
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise GuidanceError(
+                f"{source} {str(folder)!r} is in use by another gcfg command, expected to be the only one; wait for "
+                "it, or name another folder."
+            ) from error
+
+    from_main(acquire)  # the main process holds the folder for all
     try:
         yield
     finally:

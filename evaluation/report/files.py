@@ -12,13 +12,44 @@ from torch import Tensor
 
 from ...gcfg.errors import GuidanceError
 from ...training.files import whole_file
+from ..config import Config
 from ..results import read_results
-from .page import RESULTS, Experiment, has_tradeoff, page_text, sheets
+from ..run import RESULTS as OUTPUT
+from ..tasks import Canny
+from .page import RESULTS, Experiment, PageText, has_tradeoff, page_text, sheets
 from .pictures import copy_picture, draw_sheet
 from .plots import draw_plane, draw_tradeoff
 from .stored import SWEEP, Results
 
 _EXPERIMENT = "experiment.json"
+
+DrawTradeoff = Callable[[Results, Path], None]
+
+
+def report(
+    config: Config,
+    page: Path | None = None,
+    stages: Path | None = None,
+    text: PageText = page_text,
+    tradeoff: DrawTradeoff = draw_tradeoff,
+) -> Path:
+    """Write the page of an evaluation from its stored results, and return where it is.
+
+    Args:
+        config: the evaluation's.
+        page: a Markdown file; report.md in the output folder if not given.
+        stages: a file for `read_stages`.
+        text: makes the page.
+        tradeoff: draws its plot of fidelity against control.
+
+    Raises: GuidanceError: if there are no results, or their images are gone.
+    """
+    folder = config.output_folder
+    page = page or folder / "report.md"
+    experiment = Experiment(config.report.title, config.report.about, read_stages(stages) if stages else {})
+    stored = read_results(folder / OUTPUT)
+    write_report(stored, experiment, page, folder, lambda: Canny(config).edges, text, tradeoff)
+    return page
 
 
 def write_report(
@@ -27,6 +58,8 @@ def write_report(
     page: Path,
     folder: Path,
     conditions: Callable[[], Tensor],
+    text: PageText = page_text,
+    tradeoff: DrawTradeoff = draw_tradeoff,
 ) -> None:
     """Write the page, and beside it a folder of its name with the results, plots and pictures it was made from.
 
@@ -36,6 +69,8 @@ def write_report(
         page: a Markdown file.
         folder: of the evaluation's output, where the images are.
         conditions: gives the edge maps that images were guided by, (N, H, W) bool; called if there are such images.
+        text: makes the page.
+        tradeoff: draws its plot of fidelity against control.
 
     Raises: GuidanceError: if there are no results, or their images are gone.
     """
@@ -53,12 +88,12 @@ def write_report(
     for name, rows in sheets(results).items():
         draw_sheet(rows, folder, beside / name, conditions if rows[0].task == "canny" else None)
     if has_tradeoff(results):
-        draw_tradeoff(results, beside / "tradeoff.png")
+        tradeoff(results, beside / "tradeoff.png")
     for sweep in results.sweeps:
         draw_plane(sweep, beside / "plane.png")
         copy_picture(folder / sweep.grid, beside / "plane.jpg")
     with whole_file(page) as path:
-        path.write_text(page_text(published, experiment, beside.name), encoding="utf-8", newline="\n")
+        path.write_text(text(published, experiment, beside.name), encoding="utf-8", newline="\n")
 
 
 def read_published(folder: Path) -> tuple[list[dict[str, Any]], Experiment]:

@@ -1,47 +1,24 @@
-"""The page: a pure function of the stored results."""
+"""The page: a pure function of the stored results, section by section; each section is a list of Markdown blocks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import tables, words
-from .claims import claims, drift_pairs
-from .limits import limits
-from .paper import OURS
 from .plots import tradeoff_points
 from .stored import METHODS, Result, Results, Sweep
 
 RESULTS = "results"  # folder of their files, in that beside the page
+LEGEND = "↑: more is better, ↓: less; the best is **bold**, the prior aside."
 
 _TASKS = {
     "fid": "Unconditional images",
     "alignment": "Text-guided images",
     "canny": "Images guided by edges",
     "diversity": "Images of one prompt",
-}
-# Heading and explanation of the ablations that the paper has; any other group is told by its name.
-_GROUPS = {
-    "drift": (
-        "Unconditional guidance drift (Fig. 8(b), Fig. 10)",
-        "The same guidances around the frozen prior, and around the fine-tuned model's own unconditional prediction.",
-    ),
-    "null_text": (
-        "The constants of a null-text model (Eq. 5)",
-        "What stands in for cross-attention: the mean over the empty prompt's tokens, the mean of real attention, or "
-        "nothing.",
-    ),
-    "decoupling": (
-        "Condition decoupling (Fig. 5)",
-        "One joint prompt, and one guidance for each of its parts. Diversity is the mean feature distance between two "
-        "images of a prompt; the Vendi score counts how many really different ones there are.",
-    ),
-    "negative": (
-        "Negative weights (Fig. 11)",
-        "A second guidance whose weight runs from negative to positive.",
-    ),
 }
 
 
@@ -60,6 +37,10 @@ class Experiment:
     stages: Mapping[str, float]
 
 
+# (the results as their files hold them, what the page says beside them, name of the folder beside it) -> Markdown
+PageText = Callable[[Sequence[Mapping[str, Any]], Experiment, str], str]
+
+
 def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
     """Return the page in Markdown.
 
@@ -69,41 +50,49 @@ def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folde
         folder: name of the folder beside the page.
     """
     results = Results(stored)
-    sections = [
-        _introduction(experiment, folder),
-        _unconditional(results, folder),
-        _guided(results, folder),
-        _tradeoff(results, folder),
-        _verdicts(results),
-        *(_ablation(results, group, folder) for group in results.groups),
-        *(_plane(sweep, folder) for sweep in results.sweeps),
-        _weights(results),
-        _limits(results),
-        _provenance(results, experiment.stages, folder),
-    ]
+    return joined(
+        introduction(experiment),
+        [LEGEND, f"`gcfg evaluate report` wrote this page from the files in {results_link(folder)}."],
+        unconditional(results, folder),
+        guided(results, folder),
+        tradeoff(results, folder),
+        *(ablation(results, group, folder) for group in results.groups),
+        *(plane(sweep, folder) for sweep in results.sweeps),
+        weights(results),
+        provenance(results, experiment.stages, folder),
+    )
+
+
+def joined(*sections: Sequence[str]) -> str:
+    """Return the page of these sections."""
     return "\n\n".join(block for section in sections for block in section) + "\n"
 
 
-def _introduction(experiment: Experiment, folder: str) -> list[str]:
-    return [
-        f"# {experiment.title}",
-        *filter(None, [experiment.about.strip()]),
-        "The tables and figures of [Cao et al. 2023](https://arxiv.org/abs/2312.08195), repeated with `gcfg train` and "
-        "`gcfg evaluate`. The numbers under *paper* are the paper's own, from Stable Diffusion 1.5 on faces (FFHQ) and "
-        "animal faces (AFHQv2). ↑: more is better, ↓: less; the best is **bold**, the prior aside.",
-        f"`gcfg evaluate report` wrote this page from the files in [`{folder}/{RESULTS}`]({folder}/{RESULTS}), and "
-        "every verdict on it follows from a stated rule. Nothing was edited by hand.",
-    ]
+def results_link(folder: str) -> str:
+    """Return the link to the results' files."""
+    return f"[`{folder}/{RESULTS}`]({folder}/{RESULTS})"
 
 
-def _unconditional(results: Results, folder: str) -> list[str]:
+def introduction(experiment: Experiment) -> list[str]:
+    """Return the title, and what the experiment says of itself."""
+    return [f"# {experiment.title}", *filter(None, [experiment.about.strip()])]
+
+
+def unconditional(
+    results: Results,
+    folder: str,
+    heading: str = "Unconditional generation",
+    beside: tables.Columns = tables.NOTHING,
+    below: Sequence[Sequence[str]] = (),
+) -> list[str]:
+    """Return FID of unconditional images, with more columns and rows if they are given."""
     found = results.of_task("fid", METHODS)
     if not found:
         return []
     settings = found[0].config["fid"]
     return [
-        "## Unconditional generation (Table 1)",
-        tables.table1(results),
+        f"## {heading}",
+        tables.unconditional(results, beside, below),
         f"FID between {found[0].count:,} images and the real ones; features: `{settings['extractor']}`, resize: "
         f"`{settings['resize']}`." + _held_out(found[0]),
         *_sheet(results, "fid", METHODS, folder),
@@ -118,11 +107,26 @@ def _held_out(result: Result) -> str:
     return f" {result.numbers['held_out_count']:,.0f} real images that no model learned from have {words.number(fid)}."
 
 
-def _guided(results: Results, folder: str) -> list[str]:
+def guided(
+    results: Results,
+    folder: str,
+    heading: str = "Text-guided and spatially guided generation",
+    beside: tables.Columns = tables.NOTHING,
+    difference: str = "",
+) -> list[str]:
+    """Return control by text and by edges, with more columns if they are given.
+
+    Args:
+        results: of the evaluation.
+        folder: name of the folder beside the page.
+        heading: of the section.
+        beside: more columns.
+        difference: what is added to the sentence on the edges' difference.
+    """
     text, edges = results.of_task("alignment", METHODS), results.of_task("canny", METHODS)
     if not text and not edges:
         return []
-    blocks = ["## Text-guided and spatially guided generation (Table 2)", tables.table2(results)]
+    blocks = [f"## {heading}", tables.guided(results, beside)]
     if text:
         classifier = text[0].config["alignment"]["classifier"]
         blocks.append(
@@ -133,47 +137,62 @@ def _guided(results: Results, folder: str) -> list[str]:
         settings = edges[0].config["canny"]
         blocks.append(
             f"Edges: OpenCV's Canny, thresholds {settings['low']} and {settings['high']}, {edges[0].count:,} images. "
-            "Difference: share of pixels in which condition and result differ, the "
-            "paper's discrepancy (its table marks the column ↑). F1: with a tolerance of one pixel."
+            f"Difference: share of pixels in which condition and result differ{difference}. F1: with a tolerance of "
+            "one pixel."
         )
     sheets = [*_sheet(results, "alignment", METHODS, folder), *_sheet(results, "canny", METHODS, folder)]
     return [*blocks, *sheets]
 
 
-def _tradeoff(results: Results, folder: str) -> list[str]:
+def tradeoff(
+    results: Results, folder: str, heading: str = "Fidelity against control", shown: str = "each method"
+) -> list[str]:
+    """Return the plot of FID and alignment."""
     if not has_tradeoff(results):
         return []
     return [
-        "## Fidelity against control (Fig. 9)",
-        f"![Alignment over fidelity, for each method here and in the paper]({folder}/tradeoff.png)",
+        f"## {heading}",
+        f"![Alignment over fidelity, for {shown}]({folder}/tradeoff.png)",
         "Circles grow with the logarithm of the trained parameters.",
     ]
 
 
-def _verdicts(results: Results) -> list[str]:
-    return ["## What agrees with the paper, and what does not", tables.claims_table(claims(results))]
+def ablation(
+    results: Results,
+    group: str,
+    folder: str,
+    heading: str = "",
+    explanation: str = "",
+    reference: Sequence[str] = (),
+) -> list[str]:
+    """Return a group of methods beside the tables' ones.
 
-
-def _ablation(results: Results, group: str, folder: str) -> list[str]:
-    heading, explanation = _GROUPS.get(group, (group.replace("_", " ").capitalize(), ""))
-    reference = [OURS] if OURS in results.of_group(METHODS) else []
-    if group == "drift":
-        reference += [each.method for pair in drift_pairs(results) for each in pair if each.group == METHODS]
+    Args:
+        results: of the evaluation.
+        group: as the config names it.
+        folder: name of the folder beside the page.
+        heading: of the section; the group's name if not given.
+        explanation: a sentence, if any.
+        reference: methods with which the group's are compared.
+    """
     sheets = [block for task in _TASKS for block in _sheet(results, task, group, folder)]
-    return [f"## {heading}", *filter(None, [explanation]), tables.ablation(results, group, reference), *sheets]
+    title = heading or group.replace("_", " ").capitalize()
+    return [f"## {title}", *filter(None, [explanation]), tables.ablation(results, group, reference), *sheets]
 
 
-def _plane(sweep: Sweep, folder: str) -> list[str]:
+def plane(sweep: Sweep, folder: str, heading: str = "Two weights") -> list[str]:
+    """Return the plane of two weights."""
     down, across = (axis["label"] for axis in sweep.axes)
     return [
-        "## Two weights (Fig. 8(a))",
+        f"## {heading}",
         f"{sweep.count} images for each pair of weights, prompt “{sweep.prompt}”.",
         f"![FID and alignment over the weights of {down} and {across}]({folder}/plane.png)",
         f"![One image for each pair of weights, all from one seed]({folder}/plane.jpg)",
     ]
 
 
-def _weights(results: Results) -> list[str]:
+def weights(results: Results) -> list[str]:
+    """Return the weights of every method, and how they were chosen."""
     rules = {each.task: each.rule for each in results if each.search}
     chosen = "; ".join(f"{task}: {rules[task]}" for task in _TASKS if task in rules)
     return [
@@ -183,11 +202,8 @@ def _weights(results: Results) -> list[str]:
     ]
 
 
-def _limits(results: Results) -> list[str]:
-    return ["## What this cannot tell", "\n".join(f"- {sentence}" for sentence in limits(results))]
-
-
-def _provenance(results: Results, stages: Mapping[str, float], folder: str) -> list[str]:
+def provenance(results: Results, stages: Mapping[str, float], folder: str) -> list[str]:
+    """Return seeds, versions, files and what it took."""
     every = results.everything
     seeds = sorted({each.seed for each in every})
     versions = sorted({(name, version) for each in every for name, version in each.versions.items()})

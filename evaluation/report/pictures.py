@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ...gcfg.errors import GuidanceError
+from ...training.picture_grid import labelled_grid
 from ..images import picture, read_image_of
 from .stored import Result
 
 COLUMNS = 10
 _SIDE = 72  # pixels of an image on the sheet, so that it fits a page
-_LINE = 16  # pixels of a line of text
-_GAP = 3
 
 
 def draw_sheet(
@@ -44,18 +43,8 @@ def draw_sheet(
         if path.is_file():
             return
         raise
-    width = max(len(row) for _, row in rows) * (_SIDE + _GAP) + _GAP
-    header = _LINE if headings(results[0]) else 0
-    sheet = Image.new("RGB", (width, header + len(rows) * (_SIDE + _LINE + _GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(headings(results[0])):
-        draw.text((_GAP + column * (_SIDE + _GAP), 2), _fitting(draw, text), fill="dimgrey")
-    for number, (title, row) in enumerate(rows):
-        top = header + number * (_SIDE + _LINE + _GAP)
-        draw.text((_GAP, top + 2), title, fill="black")
-        for column, image in enumerate(row):
-            sheet.paste(image.resize((_SIDE, _SIDE)), (_GAP + column * (_SIDE + _GAP), top + _LINE))
-    sheet.save(path, quality=90)
+    small = [(title, [image.resize((_SIDE, _SIDE)) for image in row]) for title, row in rows]
+    labelled_grid(small, headings(results[0]), line=16, gap=3).save(path, quality=90)
 
 
 def copy_picture(source: Path, path: Path) -> None:
@@ -90,9 +79,3 @@ def headings(result: Result) -> list[str]:
 
 def _line_drawing(edges: Tensor) -> Image.Image:
     return picture(edges.byte().mul(255).expand(3, -1, -1))
-
-
-def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
-    while text and draw.textlength(text) > _SIDE:
-        text = text[:-1]
-    return text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log, log10
 from pathlib import Path
 
@@ -11,36 +11,36 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import words
-from .paper import OURS, PAPER, TITLES
 from .stored import METHODS, Results, Sweep
 
-_OURS, _OTHERS = "#d55e00", "#0072b2"  # told apart by colour-blind people too
+_MARKED, _OTHERS = "#d55e00", "#0072b2"  # told apart by colour-blind people too
 _DPI = 110
 
-# (title, FID, alignment, trained parameters, whether it is ours)
+# (title, FID, alignment, trained parameters, whether it is marked)
 Point = tuple[str, float, float, float, bool]
 
 
-def tradeoff_points(results: Results) -> list[Point]:
-    """The methods of the paper's tables that have both numbers."""
+def tradeoff_points(results: Results, marked: str = "") -> list[Point]:
+    """Return the methods of the tables that have both numbers, one of them marked."""
     points = []
     for method in results.of_group(METHODS):
         fid, aligned = results.number("fid", method, "fid"), results.number("alignment", method, "alignment")
         if fid is not None and aligned is not None:
             size = results.parameters(method) or 0
-            points.append((results.title(method), fid, aligned, float(size), method == OURS))
+            points.append((results.title(method), fid, aligned, float(size), method == marked))
     return points
 
 
 def draw_tradeoff(results: Results, path: Path) -> None:
-    """Fidelity against control (Fig. 9), beside the paper's own numbers for faces."""
-    theirs = [
-        (TITLES[name], row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
-    ]
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    here, paper = figure.subplots(1, 2)
-    _scatter(here, tradeoff_points(results), "here")
-    _scatter(paper, theirs, "the paper, faces")
+    """Fidelity against control."""
+    draw_panels({"": tradeoff_points(results)}, path)
+
+
+def draw_panels(panels: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Fidelity against control, a panel for each title."""
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _scatter(axes, points, title)
     _save(figure, path)
 
 
@@ -64,10 +64,10 @@ def plane_values(sweep: Sweep, number: str) -> np.ndarray[tuple[int, int], np.dt
 
 
 def _scatter(axes: Axes, points: Sequence[Point], title: str) -> None:
-    for place, (name, fid, aligned, size, ours) in enumerate(sorted(points, key=lambda point: point[1])):
+    for place, (name, fid, aligned, size, marked) in enumerate(sorted(points, key=lambda point: point[1])):
         x = -log(fid / 100)
         diameter = 5 + 2.2 * log10(1 + size)
-        axes.plot(x, aligned, "o", markersize=diameter, alpha=0.75, color=_OURS if ours else _OTHERS)
+        axes.plot(x, aligned, "o", markersize=diameter, alpha=0.75, color=_MARKED if marked else _OTHERS)
         side = 1 if place % 2 == 0 else -1  # neighbours' names above and below
         axes.annotate(
             name,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import PRIOR, TASKS
 
-METHODS = "methods"  # the group of the paper's tables
+METHODS = "methods"  # the group of the first tables
 SWEEP = "sweep"
 
 

@@ -8,9 +8,11 @@ from scipy.stats import binomtest
 
 from ..config import PRIOR
 from . import words
-from .claims import Claim
-from .paper import PAPER, STYLEGAN
 from .stored import METHODS, Result, Results
+
+# Cells of methods by the heading of their column.
+Columns = Mapping[str, Mapping[str, str]]
+NOTHING: Columns = {}
 
 # (task, number, heading, lowest is best); the tables of ablations show those that were measured.
 _NUMBERS = (
@@ -24,32 +26,21 @@ _NUMBERS = (
 )
 
 
-def table1(results: Results) -> str:
-    """Unconditional generation."""
+def unconditional(results: Results, beside: Columns = NOTHING, below: Sequence[Sequence[str]] = ()) -> str:
+    """Unconditional generation, with more columns and rows if they are given."""
     methods = [each.method for each in results.of_task("fid", METHODS)]
     fids = [results.number("fid", method, "fid") for method in methods]
     ranked = [value if method != PRIOR else None for value, method in zip(fids, methods, strict=True)]
     shown = words.best(ranked, [words.number(value) for value in fids], lowest=True)
-    rows = []
-    for method, fid in zip(methods, shown, strict=True):
-        theirs = PAPER.get(method)
-        paper = (theirs.parameters, f"{theirs.fid_face:.2f}", f"{theirs.fid_animal:.2f}") if theirs else _ABSENT3
-        rows.append([results.title(method), words.parameters(results.parameters(method)), fid, *paper])
-    name, face, animal = STYLEGAN
-    rows.append([f"{name} (a dedicated generator)", words.ABSENT, words.ABSENT, words.ABSENT, f"{face}", f"{animal}"])
-    head = [
-        "method",
-        "trained parameters",
-        "FID ↓",
-        "*paper:* parameters",
-        "*paper:* FID, face",
-        "*paper:* FID, animal",
+    rows = [
+        [results.title(method), words.parameters(results.parameters(method)), fid, *_cells(beside, method)]
+        for method, fid in zip(methods, shown, strict=True)
     ]
-    return words.table(head, rows)
+    return words.table(["method", "trained parameters", "FID ↓", *beside], [*rows, *below])
 
 
-def table2(results: Results) -> str:
-    """Text-guided and spatially guided generation."""
+def guided(results: Results, beside: Columns = NOTHING) -> str:
+    """Text-guided and spatially guided generation, with more columns if they are given."""
     tasks = ("alignment", "canny")
     methods = [name for name in results.of_group(METHODS) if any(results.get(task, name) for task in tasks)]
     columns = [
@@ -61,13 +52,11 @@ def table2(results: Results) -> str:
     ]
     columns = [each for each in columns if any(results.number(each[1], name, each[2]) is not None for name in methods)]
     shown = [_column(results, methods, *each[1:]) for each in columns]
-    rows = []
-    for place, method in enumerate(methods):
-        theirs = PAPER.get(method)
-        paper = (f"{theirs.alignment:.2f}", f"{theirs.discrepancy:.2f}") if theirs else _ABSENT3[:2]
-        rows.append([results.title(method), *(column[place] for column in shown), *paper])
-    head = ["method", *(each[0] for each in columns), "*paper:* alignment ↑", "*paper:* edge difference ↓"]
-    return words.table(head, rows)
+    rows = [
+        [results.title(method), *(column[place] for column in shown), *_cells(beside, method)]
+        for place, method in enumerate(methods)
+    ]
+    return words.table(["method", *(each[0] for each in columns), *beside], rows)
 
 
 def ablation(results: Results, group: str, reference: Sequence[str]) -> str:
@@ -88,12 +77,6 @@ def ablation(results: Results, group: str, reference: Sequence[str]) -> str:
         for method in measured
     ]
     return words.table(["", *(heading for heading, *_ in columns)], rows)
-
-
-def claims_table(claims: Sequence[Claim]) -> str:
-    """Statements, their rules, the numbers and the verdict."""
-    rows = [[claim.statement, claim.rule, claim.here, claim.paper, claim.verdict] for claim in claims]
-    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows).replace("---:", "---")
 
 
 def weights_table(results: Results) -> str:
@@ -123,7 +106,8 @@ def files_table(results: Results) -> str:
     return words.table(["setting", "file or folder", "SHA-256, first 16 digits"], rows).replace("---:", "---")
 
 
-_ABSENT3 = (words.ABSENT,) * 3
+def _cells(beside: Columns, method: str) -> list[str]:
+    return [cells.get(method, words.ABSENT) for cells in beside.values()]
 
 
 def _column(results: Results, methods: Sequence[str], task: str, number: str, lowest: bool) -> list[str]:

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
 from accelerate import Accelerator
 from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.testkit.processes import torchrun
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.run import train
 
@@ -21,28 +20,8 @@ def log_of(folder):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-@pytest.fixture
-def torchrun():
-    """Start the trainer in two processes on the CPU, with gloo between them."""
-
-    def start(*arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-        return subprocess.Popen(
-            [sys.executable, *launcher, "-m", "comfyui_gcfg.command", *map(str, arguments)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start
-
-
 def test_two_processes_give_the_losses_of_one_and_stop_together(
-    config_file, tmp_path, tmp_path_factory, checkpoint, digits, cache, write_config, torchrun
+    config_file, tmp_path, tmp_path_factory, checkpoint, digits, cache, write_config
 ):
     """To 1e-4 relative: float32 sums in another order, through 40 steps of Adam; one process ends the run."""
     settings = {

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from comfyui_gcfg.training.objective import Objective
-from comfyui_gcfg.training.samples import grid, sample, starting_noise
+from comfyui_gcfg.training.picture_grid import labelled_grid
+from comfyui_gcfg.training.samples import guided
+from comfyui_gcfg.training.sampling import sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
@@ -27,7 +29,7 @@ def test_guidance_equals_the_sum_in_eps(weight):
     objective = Objective.of("eps")
     prior, concept = gaussian(objective, 0.5, 1.0), gaussian(objective, -1.0, 0.3)
     x = starting_noise([0, 1], SHAPE)
-    found = sample(prior, concept, weight, x, objective, steps=12)
+    found = sample(guided(prior, concept, weight), x, objective, steps=12)
 
     scheduler = DPMSolverMultistepScheduler(1000, 0.00085, 0.012, "scaled_linear", prediction_type="epsilon")
     scheduler.set_timesteps(12)
@@ -44,7 +46,7 @@ def test_guidance_equals_the_sum_in_eps(weight):
 def test_the_samples_of_a_gaussian_have_its_mean_and_spread(prediction, zero):
     objective = Objective.of(prediction, zero)
     model = gaussian(objective, 1.5, 0.5)
-    latents = sample(model, model, 0.0, starting_noise(range(64), SHAPE), objective, steps=50)
+    latents = sample(guided(model, model, 0.0), starting_noise(range(64), SHAPE), objective, steps=50)
     assert latents.mean() == pytest.approx(1.5, abs=0.05)
     assert latents.std() == pytest.approx(0.5, rel=0.05)
 
@@ -56,8 +58,8 @@ def test_only_the_models_that_count_are_evaluated():
     objective = Objective.of("eps")
     model = gaussian(objective, 0.0, 1.0)
     x = starting_noise([0], SHAPE)
-    alone = sample(model, unused, 0.0, x, objective, 4)
-    assert torch.equal(alone, sample(unused, model, 1.0, x, objective, 4))
+    alone = sample(guided(model, unused, 0.0), x, objective, 4)
+    assert torch.equal(alone, sample(guided(unused, model, 1.0), x, objective, 4))
 
 
 def test_each_seed_has_its_noise_whatever_stands_beside_it():
@@ -67,7 +69,7 @@ def test_each_seed_has_its_noise_whatever_stands_beside_it():
 def test_the_grid_has_a_captioned_row_for_each_weight():
     colours = [["red", "lime"], ["blue", "black"], ["white", "gray"]]
     rows = [(f"w = {i}", [Image.new("RGB", (40, 30), c) for c in row]) for i, row in enumerate(colours)]
-    whole = grid(rows)
+    whole = labelled_grid(rows)
     assert whole.size == (80, 3 * whole.height // 3)
     height = whole.height // 3
     for i, row in enumerate(colours):

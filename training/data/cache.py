@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import safe_open
 from torch import Tensor
@@ -26,15 +24,13 @@ from tqdm import tqdm
 
 from ...gcfg.errors import GuidanceError
 from ..files import remove_unfinished, whole_file
-from ..processes import join_processes
+from ..processes import from_main, join_processes
 from .cache_plan import Job, Plan, list_images, plan_cache, shares
 from .decode import decoded_batches
 from .images import Geometry
 from .shards import INCOMPLETE, Recipe, Record, find_shards, read_shard, write_shard
 
 QUARANTINE = "quarantine.txt"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def build_cache(
     """
     started = time.monotonic()
     state = join_processes()
-    plan = _from_main(state, lambda: _prepare(images, cache, recipe, shard_size, max(1, workers)))
+    plan = from_main(lambda: _prepare(images, cache, recipe, shard_size, max(1, workers)))
     planned = time.monotonic()
     jobs = shares(plan.jobs, state.process_index, state.num_processes)
     encoder = _Encoder(vae, recipe, batch_size)
@@ -101,7 +97,7 @@ def build_cache(
         _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
     state.wait_for_everyone()
     seconds = time.monotonic() - planned
-    good, broken, shards = _from_main(state, lambda: _finish(cache, plan))
+    good, broken, shards = from_main(lambda: _finish(cache, plan))
     encoded = good - plan.reused
     return CacheReport(encoded, plan.reused, broken, shards, time.monotonic() - started, encoded / max(seconds, 1e-9))
 
@@ -242,21 +238,6 @@ class _Encoder:
                 "lower the resolution, or encode on a device with more memory."
             )
         self._batch_size = failed // 2
-
-
-def _from_main(state: PartialState, function: Callable[[], T]) -> T:
-    """Run a function in the main process only; all processes get its result, or its error."""
-    told: list[T | str | None] = [None, None]
-    if state.is_main_process:
-        try:
-            told[0] = function()
-        except GuidanceError as error:
-            told[1] = str(error)
-    broadcast_object_list(told)
-    result, complaint = told
-    if complaint is not None:
-        raise GuidanceError(str(complaint))
-    return result  # type: ignore[return-value]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ shards are named after what is in them, and one that is finished drops out of th
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...gcfg.errors import GuidanceError
+from ..files import sha256_of
 from .images import find_images
 from .shards import Recipe, Record, Shard, find_shards, read_shard, shard_name
 
@@ -91,14 +91,10 @@ def list_images(folder: Path) -> dict[str, FileState]:
 
 def content_digest(path: Path) -> str:
     """Return the sha256 of a file's content, or "" if it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)
     except OSError:
         return ""
-    return digest.hexdigest()
 
 
 def plan_cache(

@@ -11,6 +11,7 @@ from ...gcfg.safetensors_file import CONVERT, PICKLE_SUFFIXES, read_header
 
 UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"
+TAESD_FIRST = ("taesd_encoder.0.weight", "taesd_decoder.1.weight")  # the latter is ComfyUI's mark of one
 
 
 def component(folder: Path, name: str, class_name: str | tuple[str, ...], source: str) -> Path:

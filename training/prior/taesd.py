@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...gcfg.safetensors_file import LazyStateDict
 from .architecture import Shapes
-from .vae import TAESD_FIRST
+from .components import TAESD_FIRST
 
 _KEY = re.compile(r"taesd_(encoder|decoder)\.(\d+)\.(.+)")
 

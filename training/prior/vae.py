@@ -13,7 +13,7 @@ import torch
 from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Config, Family, Shapes
-from .components import UNET_WEIGHTS, component, read_json, weight_files
+from .components import TAESD_FIRST, UNET_WEIGHTS, component, read_json, weight_files
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -29,7 +29,6 @@ LATENT_CHANNELS = 4
 _MISFITS = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError)
 _PREFIXES = ("first_stage_model.", "vae.", "")
 _FIRST = "encoder.conv_in.weight"
-TAESD_FIRST = ("taesd_encoder.0.weight", "taesd_decoder.1.weight")  # the latter is ComfyUI's mark of one
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _BLOCK = re.compile(r"encoder\.(?:down\.(\d+)\.block|down_blocks\.(\d+)\.resnets)\.(\d+)\.conv1\.weight")
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

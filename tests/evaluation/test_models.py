@@ -14,7 +14,7 @@ from comfyui_gcfg.training.concept import Conditions, null_text_features, predic
 from comfyui_gcfg.training.export import export_unet
 from comfyui_gcfg.training.prior.learned_token import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
-from comfyui_gcfg.training.samples import starting_noise
+from comfyui_gcfg.training.sampling import starting_noise
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

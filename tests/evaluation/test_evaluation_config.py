@@ -105,7 +105,7 @@ def test_every_setting_is_explained():
 
 
 def test_the_config_of_the_page_is_one(tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     block = page.split("## The config")[1].split("A recipe computes")[0].split("    [prior]")[1]
     text = "[prior]" + block
     config = load_config(written(tmp_path, "\n".join(line.removeprefix("    ") for line in text.splitlines())))
@@ -114,7 +114,7 @@ def test_the_config_of_the_page_is_one(tmp_path):
 
 
 def test_the_page_tells_every_rule_and_task():
-    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for task in TASKS:
         assert f"| `{task}` |" in page
     assert f"within {ALIGNMENT_TOLERANCE:g} of the best" in page

@@ -1,22 +1,29 @@
-"""Results as `gcfg evaluate` stores them, of made-up numbers over real scans, for the tests of the page."""
+"""Results as `gcfg evaluate` stores them, of made-up numbers over real scans, for the tests of the pages."""
 
-import copy
+from __future__ import annotations
 
-import pytest
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
-from comfyui_gcfg.evaluation.images import write_shard
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import Tensor
+
+Values = dict[str, Any]
 
 SCANS = torch.from_numpy(load_digits().images * 15.9).byte()
 PROMPTS = ("one", "two", "three")
 
 
-def term(model, weight, prompt="", control=False, label=""):
+def term(model: str, weight: Any, prompt: str = "", control: bool = False, label: str = "") -> Values:
+    """Return a term of a recipe."""
     return {"model": model, "prompt": prompt, "weight": weight, "control": control, "label": label}
 
 
-def recipe(*terms, base="prior"):
+def recipe(*terms: Values, base: str = "prior") -> Values:
+    """Return a recipe."""
     return {"base": base, "unconditional": "", "terms": list(terms)}
 
 
@@ -25,7 +32,7 @@ BOOTH, BOOTH_TEXT = term("dreambooth", 1.5), term("dreambooth", 1.5, "a digit, {
 TOKEN, TOKEN_TEXT = term("inverted", 1.5, "<digit>"), term("inverted", 1.5, "<digit>, {prompt}")
 
 # method: (title, group, trained parameters, {task: (recipe, chosen weights, numbers)})
-METHODS = {
+METHODS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "prior": (
         "Prior alone",
         "methods",
@@ -124,12 +131,14 @@ CONFIG = {
 VERSIONS = {"python": "3.11.4", "torch": "2.15.0"}
 
 
-def chosen(made, weights):
+def chosen(made: Values, weights: Sequence[float]) -> Values:
+    """Return a recipe with one weight for each term."""
     terms = [{**each, "weight": weight} for each, weight in zip(made["terms"], weights, strict=True)]
     return {**made, "terms": terms}
 
 
-def result(method, task):
+def result(method: str, task: str) -> Values:
+    """Return one result."""
     title, group, parameters, tasks = METHODS[method]
     made, weights, numbers = tasks[task]
     searched = any(isinstance(each["weight"], list) for each in made["terms"])
@@ -157,7 +166,8 @@ def result(method, task):
     }
 
 
-def sweep():
+def sweep() -> Values:
+    """Return the plane of two weights."""
     made = recipe(term("concept", [0.0, 1.0, 2.0]), term("prior", [0.0, 5.0], "{prompt}", label="text"))
     cells = [
         {"weights": [concept, text], "fid": 60.0 - 20 * concept + text, "alignment": 0.1 + 0.15 * text - 0.02 * concept}
@@ -181,40 +191,28 @@ def sweep():
     }
 
 
-@pytest.fixture(scope="session")
-def every_result():
+def every_result() -> list[Values]:
+    """Return the results of all methods, and the plane."""
     return [*(result(method, task) for method, made in METHODS.items() for task in made[3]), sweep()]
 
 
-@pytest.fixture
-def stored(every_result):
-    """All results; a test may change its copy."""
-    return copy.deepcopy(every_result)
-
-
-@pytest.fixture
-def find(stored):
-    """One of them."""
-    return lambda task, method: next(each for each in stored if (each["task"], each["method"]) == (task, method))
-
-
-@pytest.fixture(scope="session")
-def scan():
-    return scan_of
-
-
-def scan_of(task, method, prompt, number):
-    """The scan that stands for a generated image: another for each."""
+def scan_of(task: str, method: str, prompt: int, number: int) -> Tensor:
+    """Return the scan that stands for a generated image, (3, 64, 64) uint8: another for each."""
     place = list(METHODS).index(method) * 150 + ("fid", "alignment", "canny", "diversity").index(task) * 37
     image = SCANS[place + 31 * prompt + number]
     return image.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(3, 64, 64)
 
 
-@pytest.fixture(scope="session")
-def output(every_result, tmp_path_factory):
-    """The evaluation's output folder, with the images of all results in shards of eight, and the sweep's picture."""
-    folder = tmp_path_factory.mktemp("output")
-    for each in every_result:
+def conditions() -> Tensor:
+    """Return five edge maps, (5, 64, 64) bool; the k-th is a bar in the k-th eighth."""
+    return (torch.arange(64) // 8 == torch.arange(5)[:, None])[:, None].expand(5, 64, 64)
+
+
+def write_output(
+    results: Sequence[Mapping[str, Any]], folder: Path, write_shard: Callable[[Path, Tensor, int, float], object]
+) -> Path:
+    """Write the images of results in shards of eight, and the sweep's picture, into an evaluation's output folder."""
+    for each in results:
         if each["task"] != "sweep":
             prompts = max(1, len(each["details"]))
             for prompt in range(prompts):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...gcfg.errors import GuidanceError
-from ..config import Config
-from ..material import read_prior, read_vae, recipe
-from ..processes import alone_in, join_processes
-from .cache import QUARANTINE, CacheReport, build_cache
+from ..gcfg.errors import GuidanceError
+from .config import Config
+from .data.cache import QUARANTINE, CacheReport, build_cache
+from .material import read_prior, read_vae, recipe
+from .processes import alone_in, join_processes
 
 
 def encode_images(config: Config) -> CacheReport:

@@ -4,12 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation.sampling import Control, Guidance, Prediction, decode, denoiser, sample, take_hints
+from comfyui_gcfg.evaluation.sampling import Control, Guidance, Prediction, decode, denoiser, take_hints
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
 from comfyui_gcfg.training.concept import Conditions, predict
 from comfyui_gcfg.training.objective import Objective
 from comfyui_gcfg.training.samples import decode as decode_one_by_one
-from comfyui_gcfg.training.samples import starting_noise
+from comfyui_gcfg.training.sampling import sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 SHAPE = (4, 4, 4)

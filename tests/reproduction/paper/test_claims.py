@@ -1,8 +1,8 @@
 """Verdicts on results of which one knows what is true, both ways."""
 
 import pytest
-from comfyui_gcfg.evaluation.report.claims import claims, rank_correlation
 from comfyui_gcfg.evaluation.report.stored import Results
+from comfyui_gcfg.reproduction.paper.claims import claims, rank_correlation
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .paper import PAPER
-from .stored import METHODS, Results
+from ...evaluation.report.stored import METHODS, Results
+from .numbers import PAPER
 
 _PAPER_SIZE, _PAPER_COUNT = 512, 50_000
 _PAPER_PARAMETERS = max(row.parameter_count for row in PAPER.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...evaluation.report import words
+
 OURS = "ours"
 TEXTUAL_INVERSION = "textual_inversion"
 DREAMBOOTH = "dreambooth"
@@ -48,4 +50,15 @@ TITLES = {
     "oft": "OFT",
     OURS: "Ours",
 }
-STYLEGAN = ("StyleGAN3-T", 3.16, 4.04)  # the dedicated generator, only in Table 1
+# The columns beside one's own, {heading: {method: cell}}.
+TABLE_1 = {
+    "*paper:* parameters": {name: row.parameters for name, row in PAPER.items()},
+    "*paper:* FID, face": {name: f"{row.fid_face:.2f}" for name, row in PAPER.items()},
+    "*paper:* FID, animal": {name: f"{row.fid_animal:.2f}" for name, row in PAPER.items()},
+}
+TABLE_2 = {
+    "*paper:* alignment ↑": {name: f"{row.alignment:.2f}" for name, row in PAPER.items()},
+    "*paper:* edge difference ↓": {name: f"{row.discrepancy:.2f}" for name, row in PAPER.items()},
+}
+# The last row of Table 1.
+STYLEGAN = ("StyleGAN3-T (a dedicated generator)", *(words.ABSENT,) * 3, "3.16", "4.04")

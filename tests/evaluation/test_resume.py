@@ -1,11 +1,9 @@
 """Evaluations that are broken off, and those of several processes, beside one that ran through."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import re
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +12,8 @@ from comfyui_gcfg.command.main import app
 from comfyui_gcfg.evaluation import generation
 from comfyui_gcfg.evaluation.config import Recipe, SamplingConfig
 from comfyui_gcfg.evaluation.images import Shard, read_shard, seconds_of, shards, write_shard
+from comfyui_gcfg.testkit.processes import torchrun
+from filelock import FileLock
 from typer.testing import CliRunner
 
 METHODS = {
@@ -75,20 +75,31 @@ def test_an_evaluation_killed_again_and_again_equals_the_unbroken_one(evaluation
 
 def test_two_processes_give_the_images_and_numbers_of_one(evaluation_file, tmp_path, unbroken):
     path = evaluation_file(**LONG)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
-    told = subprocess.run(
-        [sys.executable, *launcher, "comfyui_gcfg.command", "evaluate", "tables", str(path)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
+    two = torchrun("evaluate", "tables", path)
+    out, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
     assert outcome(tmp_path) == unbroken
-    assert told.stdout.count("fid of ours: ") == 1  # the main process speaks
+    assert out.count("fid of ours: ") == 1  # the main process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fid", "sentence"),
+    [
+        ({"images": "nowhere"}, "fid.images '.*nowhere' is no folder"),  # found when the files are hashed
+        ({"extractor": "evaluation_standins:nothing"}, "fid.extractor .*nothing"),  # when the metrics are made
+        ({}, "output.folder '.*' is in use by another gcfg command"),
+    ],
+)
+def test_an_error_of_the_main_process_is_one_sentence_in_all(evaluation_file, tmp_path, fid, sentence):
+    path = evaluation_file(methods=METHODS, fid={"count": 2, "search_count": 2, **fid})
+    (tmp_path / "evaluation").mkdir()
+    with nullcontext() if fid else FileLock(tmp_path / "evaluation" / ".lock"):
+        two = torchrun("evaluate", "fid", path)
+        _, err = two.communicate(timeout=300)
+    assert two.returncode == 1
+    assert re.search(rf"^Error: {sentence}", err, re.MULTILINE), err
+    assert not re.search(r"(?i)\[rank\d\]|gloo|connection closed", err)  # the launcher's own traceback is beside them
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

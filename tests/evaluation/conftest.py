@@ -1,19 +1,23 @@
 """A small world to evaluate: a prior, models made from it in every form, a ControlNet, scans, and plain metrics."""
 
 import json
+import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from comfyui_gcfg.command.main import main
 from comfyui_gcfg.evaluation.config_file import load_config
 from comfyui_gcfg.gcfg.concept_file import compact
 from comfyui_gcfg.gcfg.null_text import cross_attention_blocks
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.testkit import processes, tiny
 from comfyui_gcfg.training.concept import to_null_text
 from comfyui_gcfg.training.export import export_unet
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-SIZE = 32
+SIZE = tiny.RESOLUTION
 STANDINS = """
 import torch
 
@@ -29,6 +33,28 @@ def classifier(weights):
     '''Is the channel that the label names the brightest?'''
     return lambda images, label: images.float().mean((2, 3)).argmax(1) == ("red", "green", "blue").index(label)
 """
+
+
+@pytest.fixture(scope="session")
+def tiny_unet():
+    return tiny.tiny_unet()
+
+
+@pytest.fixture(scope="session")
+def tiny_vae():
+    return tiny.tiny_vae()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tiny_unet, tiny_vae):
+    path = tmp_path_factory.mktemp("prior") / "prior.safetensors"
+    return tiny.save_checkpoint(path, tiny_unet, tiny_vae, tiny.tiny_clip())
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """48 of scikit-learn's handwritten digit scans, as files."""
+    return tiny.write_digits(tmp_path_factory.mktemp("digits"))
 
 
 def changed(unet, seed, scale=0.02):
@@ -152,7 +178,7 @@ def write_evaluation(world, digits):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(world))
-        patch.setenv("PYTHONPATH", str(world))
+        patch.setenv("PYTHONPATH", str(world), prepend=os.pathsep)
         yield write
 
 
@@ -165,3 +191,16 @@ def evaluation_file(tmp_path, write_evaluation):
 @pytest.fixture
 def evaluation_config(evaluation_file):
     return lambda **sections: load_config(evaluation_file(**sections))
+
+
+@pytest.fixture(autouse=True)
+def _new_processes():
+    """Accelerate keeps one state per process; each test may want another precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start the command in a process of its own."""
+    return processes.starter(main, ["comfyui_gcfg.evaluation.run"])

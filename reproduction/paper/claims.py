@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-from ..config import PRIOR
-from . import words
-from .paper import DREAMBOOTH, OURS, PAPER, TEXTUAL_INVERSION
-from .stored import METHODS, Result, Results
+from ...evaluation.config import PRIOR
+from ...evaluation.report import words
+from ...evaluation.report.stored import METHODS, Result, Results
+from .numbers import DREAMBOOTH, OURS, PAPER, TEXTUAL_INVERSION
 
 KEPT_ALIGNMENT = 0.1  # below the prior's, that a method may lose and still count as controllable
 SIMILAR_DISCREPANCY = 0.02  # the spread in the paper's Table 2
@@ -54,6 +54,12 @@ def claims(results: Results) -> list[Claim]:
     further = [_lowest_of_all, _inversion_aligns, _dreambooth_loses, _edges_similar, _parameters_help]
     found = [claim for make in further if (claim := make(results))]
     return [*expectations, *found, *_plane(results)]
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """Return statements, their rules, the numbers and the verdict as a table."""
+    rows = [[claim.statement, claim.rule, claim.here, claim.paper, claim.verdict] for claim in claims]
+    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows).replace("---:", "---")
 
 
 def _not_measured(statement: str) -> Claim:
