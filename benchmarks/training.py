@@ -100,12 +100,13 @@ def measure(
     with tempfile.TemporaryDirectory() as output, Memory(device).peak() as peak:
         if fused is None:
             latents = make_latents(Path(folder), checkpoint, size)
-            take = training_loops.ours(setting, latents, Path(output), STEPS + 1)
+            loop = training_loops.ours(setting, latents, Path(output), STEPS + 1)
         else:
-            take = training_loops.theirs(setting, layout, fused)
-        for _ in range(STEPS + 1):
-            start, wall = clock.now(), time.perf_counter()
-            spent = take()
-            seconds.append(clock.now() - start)
-            beside.append(spent / (time.perf_counter() - wall))
+            loop = training_loops.theirs(setting, layout, fused)
+        with loop as step:
+            for _ in range(STEPS + 1):
+                start, wall = clock.now(), time.perf_counter()
+                spent = step()
+                seconds.append(clock.now() - start)
+                beside.append(spent / (time.perf_counter() - wall))
     return {"seconds": seconds[1:], "beside": beside[1:], "peak": peak.highest}

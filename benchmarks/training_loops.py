@@ -9,7 +9,8 @@ writes no log.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +50,9 @@ class Setting:
     precision: str
 
 
-def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Step:
-    """Load the models, and return a function that takes one step of `gcfg train` on a cache of latents.
+@contextmanager
+def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Iterator[Step]:
+    """Load the models, and yield a function that takes one step of `gcfg train` on a cache of latents.
 
     Its own functions, without samples and checkpoints; log and TensorBoard are written within the step. It returns the
     seconds that reading samples and reporting took.
@@ -81,11 +83,13 @@ def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Step:
         monitor.step(taken, result, 0, timing)
         return timing.data_seconds + time.perf_counter() - start
 
-    return step
+    yield step
+    monitor.close()
 
 
-def theirs(setting: Setting, layout: str, fused: bool) -> Step:
-    """Load the models, and return a function that takes one step of the peer; it returns 0.
+@contextmanager
+def theirs(setting: Setting, layout: str, fused: bool) -> Iterator[Step]:
+    """Load the models, and yield a function that takes one step of the peer; it returns 0.
 
     Args:
         setting: what both loops share.
@@ -120,7 +124,7 @@ def theirs(setting: Setting, layout: str, fused: bool) -> Step:
         optimizer.zero_grad()
         return 0.0
 
-    return step
+    yield step
 
 
 def _inputs(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
