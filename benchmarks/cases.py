@@ -97,19 +97,6 @@ class Case:
         guider.set_cfg(first.weight)
         return guider
 
-    def inside(self, guider: Any, latent: dict[str, Tensor], solver: Solver) -> None:
-        """Start a run of its guider and hand over where the solver would begin."""
-
-        def solve(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, *_: Any, **__: Any) -> Tensor:
-            sigma = sigmas[0].expand(len(x))
-            solver(lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
-            return x
-
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)[1:]
-        noise = comfy.sample.prepare_noise(latent["samples"], 1)
-        guider.sample(noise, latent["samples"], comfy.samplers.KSAMPLER(solve), sigmas, disable_pbar=True, seed=1)
-
     def run(self, models: Models, latent: dict[str, Tensor], how: Sampling) -> Tensor:
         """The latent that the whole node makes: GCFG KSampler, or the stock one."""
         base, first = models.prompt(self.base), self.parts[0]
@@ -123,6 +110,20 @@ class Case:
             out = node.sample(models.prior, how.seed, how.steps, first.weight, *ways, *texts, latent, 1.0)[0]
         samples: Tensor = out["samples"]
         return samples
+
+
+def inside(guider: Any, latent: dict[str, Tensor], solver: Solver) -> None:
+    """Start a run of a guider and hand over where the solver would begin."""
+
+    def solve(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any, *_: Any, **__: Any) -> Tensor:
+        sigma = sigmas[0].expand(len(x))
+        solver(lambda: model(x, sigma, **extra_args), x, sigma, extra_args["model_options"])
+        return x
+
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)[1:]
+    noise = comfy.sample.prepare_noise(latent["samples"], 1)
+    guider.sample(noise, latent["samples"], comfy.samplers.KSAMPLER(solve), sigmas, disable_pbar=True, seed=1)
 
 
 def _dual_class() -> Any:
@@ -168,11 +169,10 @@ def _both(text: str, rule: Reuse) -> Case:
 
 FULL = _cached("full run", None, None)
 PRESET = _cached("text every 2, concept every 3 (the preset)", Reuse(), Reuse(every=3))  # workflow three-for-two
-EVERY_2 = _both("every 2 (the node's defaults)", Reuse())
 CACHED = (
     FULL,
     PRESET,
-    EVERY_2,
+    _both("every 2 (the node's defaults)", Reuse()),
     _both("every 2, hold", Reuse(linear=False)),
     _both("every 3", Reuse(every=3)),
     _both("every 4", Reuse(every=4)),

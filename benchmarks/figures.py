@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from .harness import Spread
 
 _FORMATS = {
     "x": "{:.3f}",
@@ -52,8 +51,7 @@ class Figure:
     @classmethod
     def of(cls, row: str, column: str, values: Sequence[float], unit: str, **more: Any) -> Figure:
         """A figure of repeated values."""
-        spread = Spread.of(values)
-        return cls(row, column, spread.median, unit, spread.low, spread.high, **more)
+        return cls(row, column, statistics.median(values), unit, min(values), max(values), **more)
 
     @property
     def met(self) -> bool | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,20 +38,6 @@ class Clock:
         start = self.now()
         call()
         return self.now() - start
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median with the smallest and the largest value."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise repeated values."""
-        return cls(statistics.median(values), min(values), max(values))
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.model_management as management
 import comfy.sd
@@ -26,17 +26,6 @@ from ..testkit.layouts import FAMILIES
 
 RANK = 16  # of the LoRA
 _STRENGTH = 0.3  # how far it moves the weights, of their spread
-
-
-class Models(Protocol):
-    """What a case is made of: `prior`, `concept` and `tuned` are MODELs."""
-
-    @property
-    def prior(self) -> Any:
-        """The model that is sampled."""
-
-    def prompt(self, number: int) -> Any:
-        """A CONDITIONING; 0 is the unconditional one."""
 
 
 class Untrained:
@@ -150,6 +139,9 @@ class World:
             "cond_stage_model.transformer.": small_world.clip(),
         }
         return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+
+
+Models = Untrained | World  # what a case is made of
 
 
 def write_once(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..nodes.runtime.lanes import BASE, Lane
 from .bench import Bench
-from .cases import CASES, STOCK, Case
+from .cases import CASES, STOCK, Case, inside
 from .figures import Figure
 from .harness import Split, interleaved, ratio, watching
 
@@ -74,7 +74,7 @@ def _step(bench: Bench, case: Case, _: int) -> Step:
         apart = bench.clock.time(lambda: separate(guider.run.lanes, x, sigma, options)) if case.ours else None
         found.append(Step(watch.batches, alone or split.whole, split, apart))
 
-    case.inside(guider, bench.latent, solver)
+    inside(guider, bench.latent, solver)
     return found[0]
 
 

@@ -35,6 +35,7 @@ def test_a_small_run_reports_every_row(folder, monkeypatch):
         return found
 
     monkeypatch.setattr(training, "in_new_process", here)
+    monkeypatch.setattr(training, "STEPS", 1)
     rows = {(figure.row, figure.column): figure for figure in training.figures(bench(folder))}
     assert {column for _, column in rows} == {
         *("speed", "peak memory", "data and logging, of a step"),
@@ -42,8 +43,8 @@ def test_a_small_run_reports_every_row(folder, monkeypatch):
     }
     assert {row for row, _ in rows} == {training.OURS, *training.PEERS}
     for found in (measured[None], measured[False], measured[True]):
-        assert len(found["seconds"]) == training.STEPS
-        assert min(found["seconds"]) > 0
+        (seconds,) = found["seconds"]  # of two steps the first does not count
+        assert seconds > 0
         assert found["peak"] > 50e6
     assert 0 < rows[training.OURS, "data and logging, of a step"].value < 100
 
