@@ -3,8 +3,8 @@
 # make test     run the tests
 # make check    lint, format and type checks
 # make reproduce  train a small world, measure every method of the paper in it, write the report (ARGS=large: on a GPU)
-# make bench    measure the pack against the stock nodes (ARGS=matrix: every combination of models; ARGS=training: the
-#               trainer); docs/benchmarks.md says what
+# make bench    measure the pack against the stock nodes (ARGS=reuse: Guidance Cache; ARGS=training: the trainer);
+#               docs/benchmarks.md says what
 # make clean    remove .venv and the caches
 #
 # COMFYUI_PATH=DIR    use the ComfyUI in DIR, not the pip-packaged one (demo, test)

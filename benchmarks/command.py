@@ -1,102 +1,136 @@
-"""The benchmark command: one run, one machine, the same models; a table of ratios, and the same as JSON."""
+"""`python -m comfyui_gcfg.benchmarks`: measure the pack against ComfyUI's own nodes on one machine, in one run."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+import importlib.metadata
+import logging
+import os
+import platform
+import runpy
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
+from ..testkit.comfyui import find_comfyui, uses_cpu
 from ..testkit.errors import CommandError
-from .figures import Figure, table
-from .files import make_files
-from .matrix_command import matrix
-from .options import CpuTime, Device, Profile, Repeats, Threads
-from .reuse_command import reuse
-from .session import Session, check_size
-from .training import training
+from ..testkit.inprocess import import_comfyui
+from .figures import Figure, table, write_json
 
 if TYPE_CHECKING:  # importing it takes a running ComfyUI
     from .bench import Bench
 
-# In an order that needs little memory: what runs in a process of its own first, then the second copies of the prior.
-SECTIONS = ("imports", "peak", "separation", "loads", "steps", "ksampler", "null_text", "backends")
-SLOW = {"peak", "backends"}  # only where they are asked for
+# Each is a module of that name. What runs in a process of its own comes before this one holds models.
+MAIN = {
+    "imports": "importing the pack",
+    "peak": "peak memory of two models",
+    "clones": "a LoRA's clone and a second load",
+    "ksampler": "GCFG KSampler and KSampler",
+    "loads": "a run from unloaded models",
+    "steps": "one guided step",
+}
+ASKED = {"training": "the trainer and diffusers' example", "reuse": "Guidance Cache"}
+SECTIONS = ASKED | MAIN
+FAMILIES = ("sd15", "sdxl")
+FOLDER = Path(".cache/benchmarks")  # of the model files
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.callback(invoke_without_command=True)
+@app.command()
 def bench(
-    context: typer.Context,
-    small: Annotated[bool, typer.Option("--small", help="The demo's small UNet, not all of SD1.5.")] = False,
-    repeats: Repeats = 3,
-    size: Annotated[
-        int | None, typer.Option(help="Width and height in pixels; 256, or 128 for the small UNet.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of a KSampler's run.")] = 2,
-    threads: Threads = 1,
-    device: Device = "auto",
-    cpu_time: CpuTime = False,
     section: Annotated[
         list[str] | None,
-        typer.Option(help=f"Only this one of {', '.join(SECTIONS)}; repeatable. Without: all but peak and backends."),
+        typer.Argument(metavar="[SECTION]...", help=f"Of {', '.join(SECTIONS)}; without: {', '.join(MAIN)}."),
     ] = None,
-    profile: Profile = None,
-    output: Annotated[Path, typer.Option(help="Folder for benchmarks.json.")] = Path("output"),
-    cache: Annotated[Path, typer.Option(help="Folder for the model files (3.4 GB, made once).")] = Path(
-        ".cache/benchmarks"
-    ),
+    family: Annotated[str, typer.Option(help=f"Layout of the untrained models: {' or '.join(FAMILIES)}.")] = "sd15",
+    small: Annotated[bool, typer.Option("--small", help="A few of the layout's blocks in place of all.")] = False,
+    size: Annotated[int | None, typer.Option(help="Width and height in pixels; 256, or 128 with --small.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at once; 1, in training 2.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of everything that is timed.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that torch computes with on the CPU.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count the process's CPU seconds: steadier on a busy machine.")
+    ] = False,
+    json: Annotated[Path, typer.Option(help="File for the figures.")] = Path("output/benchmarks.json"),
 ) -> None:
-    """Measure the pack against its peers; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
+    """Measure the pack beside ComfyUI's own nodes; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
 
-    Every combination of models against stock guidance: `matrix --help`. The trainer: `training --help`.
+    Model files are made once, in .cache/benchmarks: 3.4 GB of SD1.5, 9.2 of SDXL, 0.1 with --small; 2.1 for training.
     """
-    if context.invoked_subcommand:
-        return
-    wanted = section or [name for name in SECTIONS if name not in SLOW]
-    unknown = sorted(set(wanted) - set(SECTIONS))
-    if unknown:
-        raise CommandError(f"--section {unknown[0]}: expected one of {', '.join(SECTIONS)}.")
+    wanted = section or list(MAIN)
+    for name in wanted:
+        if name not in SECTIONS:
+            raise CommandError(f"section {name}: expected one of {', '.join(SECTIONS)}.")
+    if family not in FAMILIES:
+        raise CommandError(f"--family {family}: expected {' or '.join(FAMILIES)}.")
     size = size if size is not None else 128 if small else 256
-    check_size(size)
-    family = "sd15" if small else "sd15-full"
-    print(f"Model files in {cache} ...", flush=True)
-    files = make_files(cache, family)
-    session = Session.start(device, threads, cpu_time)
+    if size < 64 or size % 64:
+        raise CommandError(f"--size {size}: expected a positive multiple of 64, as SD1.5's latents need; round it.")
+    cpu, started, load = uses_cpu(device), time.monotonic(), _load()
+    if cpu_time and not cpu:
+        raise CommandError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
+    layout = family if small else f"{family}-full"
+    flags = ["bf16-unet"] if cpu and layout == "sdxl-full" else []  # two of them in fp32 are 20 GB
+    comfy = import_comfyui(find_comfyui(), cpu, flags)
+    logging.getLogger().setLevel(logging.WARNING)
+    comfy.utils.PROGRESS_BAR_ENABLED = False  # the stock sampler has none here in some versions; then nor have we
+    torch.set_num_threads(threads)
 
-    from .bench import Bench  # imports ComfyUI's modules
+    from .bench import Bench
 
-    work = Bench(files, family, size, steps, repeats, cpu_time)
-    figures: list[Figure] = []
+    work = Bench(FOLDER, json.parent, layout, size, batch, repeats, cpu, cpu_time, threads, flags)
+    setting = {"sections": " ".join(wanted), **_setting(work), "load": load}
+    print(", ".join(f"{key} {value}" for key, value in setting.items()), flush=True)
+    found: dict[str, list[Figure]] = {}
     with torch.inference_mode():
-        for found in _sections(work, session, wanted, profile):
-            figures += found
-    setting = {
-        "parameters": sum(p.numel() for p in work.prior.model.diffusion_model.parameters()),
-        "dtype": str(work.prior.model_dtype()),
-        "size": size,
-        "steps": steps,
-        "repeats": repeats,
+        for name, title in SECTIONS.items():
+            if name in wanted:
+                found[name] = list(importlib.import_module(f".{name}", __package__).figures(work))
+                print(f"\n{table(title, found[name])}", flush=True)
+    write_json(json, setting | {"seconds": round(time.monotonic() - started)}, found)
+    print(f"\nJSON: {json}")
+
+
+def _setting(bench: Bench) -> dict[str, Any]:
+    """What is measured, and on what."""
+    return {
+        "layout": bench.layout,
+        "size": bench.size,
+        "batch": bench.batch or "default",
+        "repeats": bench.repeats,
+        "weights": "bf16" if bench.flags else "as ComfyUI takes them",
+        "comfyui": _version(),
+        "torch": torch.__version__,
+        "device": _device_name(bench.clock.device),
+        "cores": os.cpu_count(),
+        "threads": bench.threads,
+        "clock": "cpu" if bench.cpu_time else "wall",
     }
-    session.store(output / "benchmarks.json", setting, figures)
-    print(table(figures))
-    print(f"\nJSON: {output / 'benchmarks.json'}")
 
 
-def _sections(work: Bench, session: Session, wanted: Sequence[str], profile: Path | None) -> Iterator[list[Figure]]:
-    for name in (name for name in SECTIONS if name in wanted):
-        section = importlib.import_module(f".{name}", __package__)  # imports ComfyUI's modules
-        yield section.figures(session.tree, session.cpu, work.repeats) if name == "imports" else section.figures(work)
-    if profile is not None:
-        from . import profiling
-
-        yield profiling.figures(work, profile)
+def _version() -> str:
+    tree = find_comfyui()
+    if tree is None:
+        return f"{importlib.metadata.version('comfyui')} (pip-packaged)"
+    return str(runpy.run_path(str(tree / "comfyui_version.py"))["__version__"])
 
 
-app.command("matrix")(matrix)
-app.command("reuse")(reuse)
-app.command("training")(training)
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{device.type} ({name})"
+
+
+def _load() -> float | None:
+    """Of other programs."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None

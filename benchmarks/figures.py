@@ -1,14 +1,13 @@
-"""What a benchmark reports: figures beside their goals, as a table and as JSON."""
+"""What a benchmark reports: figures beside their goals, as tables and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from .timing import Spread
 
 _FORMATS = {
     "x": "{:.3f}",
@@ -18,51 +17,41 @@ _FORMATS = {
     "%": "{:.2f} %",
     "dB": "{:.1f} dB",
     "images/s": "{:.3g} images/s",
-    "GFLOP/s": "{:,.0f} GFLOP/s",
     "count": "{:.0f}",
-    "": "{:.2g}",
+    "error": "{:.2g}",
 }
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One row.
+    """One cell of a section's table.
 
     Attributes:
-        name: its key in the JSON.
-        text: what was measured against what.
+        row: what was run.
+        column: what was measured of it.
         value: the measured value, the median where there are repeats.
-        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "%", "dB", "images/s", "GFLOP/s", "count", or "" for none.
-        low: the smallest of the repeats, or None.
+        unit: "x" for a ratio, "ms", "s", "MB" (10^6 bytes), "%", "dB", "images/s", "count", or "error".
+        low: the smallest of the repeats.
         high: the largest.
         goal: the value should be at most this; None where the figure only informs.
-        note: what else the reader should know.
         at_least: the value should be at least the goal.
+        note: what stands behind the value in the table.
     """
 
-    name: str
-    text: str
+    row: str
+    column: str
     value: float
     unit: str
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
     goal: float | None = None
-    note: str = ""
     at_least: bool = False
+    note: str = ""
 
     @classmethod
-    def spread(
-        cls,
-        name: str,
-        text: str,
-        spread: Spread,
-        unit: str,
-        goal: float | None = None,
-        note: str = "",
-        at_least: bool = False,
-    ) -> Figure:
+    def of(cls, row: str, column: str, values: Sequence[float], unit: str, **more: Any) -> Figure:
         """A figure of repeated values."""
-        return cls(name, text, spread.median, unit, spread.low, spread.high, goal, note, at_least)
+        return cls(row, column, statistics.median(values), unit, min(values), max(values), **more)
 
     @property
     def met(self) -> bool | None:
@@ -71,27 +60,32 @@ class Figure:
             return None
         return self.value >= self.goal if self.at_least else self.value <= self.goal
 
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """The row: text, value, spread, goal, verdict."""
+    def cell(self) -> str:
+        """The median, the lowest and highest of the repeats, the note, and the goal with its verdict."""
         write = _FORMATS[self.unit].format
-        between = "" if self.low is None or self.high is None else f"{write(self.low)} .. {write(self.high)}"
-        goal = "" if self.goal is None else f"{'>=' if self.at_least else '<='} {write(self.goal)}"
-        verdict = {None: "", True: "met", False: "MISSED"}[self.met]
-        return self.text, write(self.value), between, goal, verdict
+        spread = f" ({write(self.low)} .. {write(self.high)})".replace(f" {self.unit}", "")
+        text = write(self.value) + (spread if self.low != self.high else "") + self.note
+        if self.goal is None:
+            return text
+        verdict = "met" if self.met else "MISSED"
+        return f"{text}, goal {'>=' if self.at_least else '<='} {self.goal:g} {verdict}"
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """Return the figures as a Markdown table, their notes below it."""
-    rows = [("figure", "median", "lowest .. highest", "goal", ""), *(figure.cells() for figure in figures)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    notes = [f"- {figure.text}: {figure.note}" for figure in figures if figure.note]
-    return "\n".join([*lines, "", *notes])
+def table(title: str, figures: Sequence[Figure]) -> str:
+    """Return one section's figures as a Markdown table, a row for everything that was run."""
+    columns = dict.fromkeys(figure.column for figure in figures)
+    cells = {(figure.row, figure.column): figure.cell() for figure in figures}
+    rows = [[title, *columns]]
+    for row in dict.fromkeys(figure.row for figure in figures):
+        rows.append([row, *(cells.get((row, column), "") for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
-def write_json(path: Path, setting: dict[str, Any], figures: Sequence[Figure]) -> None:
-    """Store the setting and the figures."""
-    rows = [{**asdict(figure), "met": figure.met} for figure in figures]
+def write_json(path: Path, setting: Mapping[str, Any], sections: Mapping[str, Sequence[Figure]]) -> None:
+    """Store what was measured on, and every section's figures."""
+    rows = {name: [{**asdict(each), "met": each.met} for each in figures] for name, figures in sections.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"setting": setting, "figures": rows}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"setting": setting, "sections": rows}, indent=2) + "\n", encoding="utf-8")

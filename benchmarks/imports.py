@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from ..testkit.comfyui import PACK
-from ..testkit.errors import CommandError
+from ..testkit.comfyui import PACK, find_comfyui
 from ..testkit.inprocess import import_comfyui
 from .figures import Figure
-from .timing import Spread
+from .harness import interleaved
+from .process import in_new_process
+
+if TYPE_CHECKING:  # importing it takes a running ComfyUI
+    from .bench import Bench
 
 _NAME = "gcfg_as_a_custom_node"
 
 
-def child(tree: str | None, cpu: bool, byte_code: str) -> None:
-    """Import ComfyUI, then the pack as ComfyUI imports it; print the milliseconds and the number of nodes as JSON.
+def figures(bench: Bench) -> Iterator[Figure]:
+    """Import in fresh processes; in the first Python compiles the pack."""
+    with tempfile.TemporaryDirectory() as away:
+
+        def milliseconds(number: int) -> float:
+            found: float = in_new_process(import_pack, cpu=bench.cpu, byte_code=away)
+            return found
+
+        first = milliseconds(0)
+        times = interleaved({"import": milliseconds}, bench.repeats, "imports", warm_up=False)["import"]
+    yield Figure.of("import of the pack into ComfyUI", "time", times, "ms", goal=50.0)
+    yield Figure.of("the same at its very first start", "time", [first], "ms")
+
+
+def import_pack(cpu: bool, byte_code: str) -> float:
+    """Import ComfyUI, then the pack as ComfyUI imports it, and return the milliseconds that the pack took.
 
     Args:
-        tree: the ComfyUI folder, or None for the pip-packaged one.
         cpu: whether to start ComfyUI as `--cpu` does.
         byte_code: folder for the pack's byte code, instead of the checkout's `__pycache__`.
     """
-    import_comfyui(Path(tree) if tree else None, cpu)
+    import_comfyui(find_comfyui(), cpu)
     sys.pycache_prefix, sys.dont_write_bytecode = byte_code, False
     start = time.perf_counter()
     spec = importlib.util.spec_from_file_location(_NAME, PACK / "__init__.py")
@@ -40,23 +52,6 @@ def child(tree: str | None, cpu: bool, byte_code: str) -> None:
     sys.modules[_NAME] = pack
     spec.loader.exec_module(pack)
     milliseconds = (time.perf_counter() - start) * 1000
-    print("\n" + json.dumps({"ms": milliseconds, "nodes": len(pack.NODE_CLASS_MAPPINGS)}))
-
-
-def figures(tree: Path | None, cpu: bool, repeats: int) -> list[Figure]:
-    """Import in several fresh processes; the first, in which Python compiles the pack, is a figure of its own."""
-    found = []
-    with tempfile.TemporaryDirectory() as away:  # neither the checkout nor ComfyUI is the current folder
-        program = f"from {__name__} import child; child({str(tree) if tree else None!r}, {cpu}, {away!r})"
-        for _ in tqdm(range(repeats + 1), desc="import", unit="process", leave=False):
-            command = [sys.executable, "-c", program]
-            run = subprocess.run(command, cwd=away, env=os.environ, capture_output=True, text=True, check=False)
-            if run.returncode:
-                raise CommandError(f"The import of the pack failed in a process of its own:\n{run.stderr}")
-            found.append(json.loads(run.stdout.splitlines()[-1]))
-    spread = Spread.of([entry["ms"] for entry in found[1:]])
-    note = f"{found[0]['nodes']} nodes; ComfyUI and torch are imported before"
-    return [
-        Figure.spread("import_ms", "import of the pack into ComfyUI", spread, "ms", 50.0, note),
-        Figure("import_first_ms", "the same at its very first start", found[0]["ms"], "ms", note="Python compiles it"),
-    ]
+    if not pack.NODE_CLASS_MAPPINGS:
+        raise RuntimeError("the pack registered no nodes, so its import was not measured")
+    return milliseconds

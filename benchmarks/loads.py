@@ -1,89 +1,68 @@
-"""Loads and moves of a run with two models, counted."""
+"""What a run costs from unloaded models: time, memory, loads and moves."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
-import torch
-
-from ..gcfg.terms import GuidanceTerm
-from .bench import SCALE, Bench, unload_all
+from ..testkit.loads import counting
+from .bench import Bench
+from .cases import CLONE, CONCEPT, STOCK, Case, Sampling
 from .figures import Figure
+from .harness import interleaved, ratio
+from .memory import Memory
+from .models import unload_all
+
+STEPS = 2
 
 
-@dataclass
-class Counts:
-    """What happened, in order of the model calls: `when` is how many of them came before."""
+@dataclass(frozen=True)
+class Cold:
+    """A run from unloaded models, and the same run again.
 
-    loads: Counter[int] = field(default_factory=Counter)  # by model
-    moved_when: list[int] = field(default_factory=list)
-    evaluations: int = 0
+    Attributes:
+        cold: its seconds; reading files is not among them, separating a clone is.
+        warm: the second run's.
+        peak: bytes that it needed beyond what was held before.
+        loads: how often the model that was loaded most was loaded.
+        moves: loads and moves of modules between its first and last model call.
+    """
 
-    @property
-    def between_steps(self) -> int:
-        """Loads and moves after the first model call and before the last."""
-        return sum(0 < when < self.evaluations for when in self.moved_when)
-
-
-@contextmanager
-def counting(patchers: list[Any]) -> Iterator[Counts]:
-    """Count ComfyUI's loads of these models, and every module that is moved, within the `with` block."""
-    counts = Counts()
-    patcher_class = type(patchers[0])
-    name = "load" if hasattr(patcher_class, "load") else "patch_model"  # the second where it is the whole of loading
-    load, move = getattr(patcher_class, name), torch.nn.Module.to
-
-    def counted_load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counts.loads[id(self.model)] += 1
-        counts.moved_when.append(counts.evaluations)
-        return load(self, *args, **kwargs)
-
-    def counted_move(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counts.moved_when.append(counts.evaluations)
-        return move(self, *args, **kwargs)
-
-    def evaluated(*_: Any) -> None:
-        counts.evaluations += 1
-
-    hooks = [patcher.model.diffusion_model.register_forward_pre_hook(evaluated) for patcher in patchers]
-    setattr(patcher_class, name, counted_load)
-    torch.nn.Module.to = counted_move  # type: ignore[method-assign]
-    try:
-        yield counts
-    finally:
-        torch.nn.Module.to = move  # type: ignore[method-assign]
-        setattr(patcher_class, name, load)
-        for hook in hooks:
-            hook.remove()
+    cold: float
+    warm: float
+    peak: int
+    loads: int
+    moves: int
 
 
-def figures(bench: Bench) -> list[Figure]:
-    """Prior and concept model in one run, from unloaded."""
-    models = [bench.prior, bench.concept]
-    terms = [
-        GuidanceTerm(SCALE, conditioning=bench.prompt(1)),
-        GuidanceTerm(1.5, model=bench.concept, conditioning=bench.prompt(2)),
-    ]
+def figures(bench: Bench) -> Iterator[Figure]:
+    """Stock guidance of one model, and GCFG with two."""
+    cases = (STOCK, CONCEPT, CLONE)
+    found = interleaved({case.text: partial(_run, bench, case) for case in cases}, bench.repeats, "loads", False)
+    for case in cases:
+        runs, figure = found[case.text], partial(Figure.of, case.text)
+        cold, warm = [run.cold for run in runs], [run.warm for run in runs]
+        yield figure("cold run", cold, "s")
+        yield figure("warm run", warm, "s")
+        yield figure("cold / warm", ratio(cold, warm), "x")
+        yield figure("peak memory, cold", [run.peak / 1e6 for run in runs], "MB")
+        yield figure("loads per model", [max(run.loads for run in runs)], "count", goal=1 if case.ours else None)
+        yield figure("moves between steps", [max(run.moves for run in runs)], "count", goal=0 if case.ours else None)
+
+
+def _run(bench: Bench, case: Case, _: int) -> Cold:
+    models, clock = bench.models, bench.clock
     unload_all()
-    with counting(models) as counts:
-        bench.gcfg(bench.prior, bench.prompt(0), terms, bench.steps)
-    each = [counts.loads[id(patcher.model)] for patcher in models]
-    if not all(each) or counts.evaluations < 2 * bench.steps:
-        raise RuntimeError(
-            f"counted {each} loads and {counts.evaluations} model calls: the counters do not see the run"
-        )
-    return [
-        Figure("loads", "loads per model in a run of two models", max(each), "count", goal=1),
-        Figure(
-            "moves",
-            "loads and module moves between its steps",
-            counts.between_steps,
-            "count",
-            goal=0,
-            note=f"between the first and the last of {counts.evaluations} model calls",
-        ),
-    ]
+    models.forget_tuned()
+    used = {part.model for part in case.parts}
+    for name in used:
+        getattr(models, name)  # read from its file, not yet loaded
+    run = partial(case.run, models, bench.latent, Sampling(STEPS))
+    watched = [models.prior, *([models.concept] if "concept" in used else [])]
+    with counting(watched) as counts, Memory(clock.device).peak() as peak:
+        cold = clock.time(run)
+    warm = clock.time(run)
+    if not all(counts.loads[id(patcher.model)] for patcher in watched) or counts.evaluations < STEPS:
+        raise RuntimeError(f"counted {counts}: the counters do not see the run")
+    return Cold(cold, warm, peak.grown, max(counts.loads.values()), counts.between_steps)

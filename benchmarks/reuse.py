@@ -2,183 +2,97 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import comfy.model_management as management
-import comfy.sd
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from ..gcfg.terms import GuidanceTerm
-from ..nodes.runtime.concept import load_concept_unet
-from ..nodes.runtime.text import encode_prompt
-from ..nodes.sampling import GCFGKSampler
-from ..testkit import models, small_world
-from ..testkit.small_world import WORDS
+from ..testkit import small_world
+from .bench import Bench, empty_latent
+from .cases import CACHED, FULL, PRESET, WORLD_STOCK, Case, Sampling
 from .figures import Figure
-from .quality import front, psnr, rmse
-from .rules import FULL, PRESET, RULES, Rule
-from .timing import Clock, Spread, ratio
+from .harness import interleaved, ratio
+from .models import World
 
-TEXT, CONCEPT = 5.0, 1.5  # the weights of the workflow text-guided-concept
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How everything is sampled."""
-
-    steps: int
-    sampler: str
-    scheduler: str
-    batch: int = 1
+STEPS = 25
+TIME, PSNR = "time / stock CFG", "PSNR to the full run"
+Run = tuple[float, Tensor]
 
 
-class World:
-    """The small world's prior, concept, text encoder and autoencoder in a running ComfyUI.
+def figures(bench: Bench, cases: Sequence[Case] = CACHED, steps: int = STEPS) -> Iterator[Figure]:
+    """Sample by every rule and by stock guidance, in turn; each round has a seed and a prompt of its own.
 
-    Args:
-        folder: where their files are written, unless they are there.
+    Draws time against PSNR into `reuse-front.png`.
     """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint, concept = folder / "small-world-prior.safetensors", folder / "small-world-concept.safetensors"
-        if not checkpoint.exists():
-            part = checkpoint.with_suffix(".part")
-            vae = models.to_dtype(small_world.vae(), torch.float16)
-            models.save_checkpoint(part, small_world.prior(), vae, small_world.clip())
-            part.replace(checkpoint)
-        if not concept.exists():
-            save_file(small_world.concept(), concept)
-        loaded = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)
-        self.prior, self._clip, self.vae = loaded[:3]
-        self.concept = load_concept_unet(str(concept))
-        self._texts: dict[str, Any] = {}
-
-    def text(self, words: str) -> Any:
-        """The CONDITIONING of a prompt."""
-        if words not in self._texts:
-            self._texts[words] = encode_prompt(self._clip, words)
-        return self._texts[words]
-
-    def latent(self, batch: int) -> dict[str, Tensor]:
-        """An empty latent of the world's size."""
-        side = small_world.SIZE // 8
-        return {"samples": torch.zeros(batch, 4, side, side)}
-
-    def terms(self, words: str, text: Rule, concept: Rule) -> tuple[GuidanceTerm, ...]:
-        """Text guidance by the prior, and the concept's."""
-        return (
-            replace(GuidanceTerm(TEXT, conditioning=self.text(words), label="text"), cache_rule=text),
-            replace(GuidanceTerm(CONCEPT, model=self.concept, label="concept"), cache_rule=concept),
-        )
-
-    def stock(self, how: Sampling, seed: int) -> Tensor:
-        """The stock KSampler's latent, by text guidance alone."""
-        node = sys.modules["nodes"].KSampler()
-        words, latent = _words(seed), self.latent(how.batch)
-        args = (seed, how.steps, TEXT, how.sampler, how.scheduler, self.text(words), self.text(""), latent, 1.0)
-        samples: Tensor = node.sample(self.prior, *args)[0]["samples"]
-        return samples
-
-    def guided(self, how: Sampling, seed: int, text: Rule, concept: Rule) -> Tensor:
-        """The GCFG KSampler's latent."""
-        terms = self.terms(_words(seed), text, concept)
-        args = (seed, how.steps, how.sampler, how.scheduler, self.text(""), self.latent(how.batch), 1.0)
-        samples: Tensor = GCFGKSampler().sample(self.prior, *args, term_1=terms)[0]["samples"]
-        return samples
-
-
-def _words(seed: int) -> str:
-    return WORDS[seed % len(WORDS)]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One rule beside the others, seed by seed.
-
-    Attributes:
-        time: over the stock run's.
-        saved: over the full run's.
-        psnr: of the image against the full run's, dB.
-        rmse: of the latent against the full run's, over the spread of that one's values.
-    """
-
-    time: Spread
-    saved: Spread
-    psnr: Spread
-    rmse: Spread
-
-
-def measure(world: World, how: Sampling, seeds: int, clock: Clock, rules: Mapping[str, Any]) -> dict[str, Measured]:
-    """Sample every seed with every rule and with stock guidance, in turn; the first seed is also a warm-up."""
-    runs: dict[str, Callable[[int], Tensor]] = {"stock": partial(world.stock, how)}
-    for name, (_, (text, concept)) in rules.items():
-        runs[name] = partial(world.guided, how, text=text, concept=concept)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    latents: dict[str, list[Tensor]] = {name: [] for name in runs}
-    for words in ("", *WORDS):
-        world.text(words)  # else a word's first run would pay for encoding it
-    with tqdm(total=(seeds + 1) * len(runs), desc="reuse", unit="run", leave=False) as bar:
-        for number in range(seeds + 1):
-            seed = max(number - 1, 0)
-            for name in runs if number % 2 else reversed(runs):
-                kept: list[Tensor] = []
-                seconds = clock.time(lambda run=runs[name], kept=kept, seed=seed: kept.append(run(seed)))  # type: ignore[misc]
-                if number:
-                    times[name].append(seconds)
-                    latents[name] += kept[0].split(1)
-                bar.update()
-    images = {name: [world.vae.decode(latent) for latent in found] for name, found in latents.items()}
-    return {
-        name: Measured(
-            ratio(times[name], times["stock"]),
-            ratio(times[name], times[FULL]),
-            Spread.of(list(map(psnr, images[name], images[FULL]))),
-            Spread.of(list(map(rmse, latents[name], latents[FULL]))),
-        )
-        for name in rules
-    }
-
-
-def figures(measured: Mapping[str, Measured], seeds: int) -> list[Figure]:
-    """Three rows for each rule; goals for the preset."""
-    found = []
-    for name, row in measured.items():
-        title = RULES[name][0]
-        goal = {"time": 1.0, "psnr": 35.0} if name == PRESET else {}
-        full = f"medians of {seeds} seeds" if name == FULL else ""
-        found.append(Figure.spread(f"{name}_time", f"{title}: time / stock CFG", row.time, "x", goal.get("time"), full))
-        if name == FULL:
+    world = World(bench.folder)
+    calls = {case.text: partial(_run, bench, world, case, steps) for case in (WORLD_STOCK, *cases)}
+    found = interleaved(calls, bench.repeats, "reuse")
+    seconds = {name: [seconds for seconds, _ in runs] for name, runs in found.items()}
+    latents = {name: [latent for _, batch in runs for latent in batch.split(1)] for name, runs in found.items()}
+    images = {name: [world.vae.decode(latent) for latent in latents[name]] for name in latents}
+    made: list[Figure] = []
+    for case in cases:
+        figure, name = partial(Figure.of, case.text), case.text
+        made.append(figure(TIME, ratio(seconds[name], seconds[WORLD_STOCK.text]), "x", goal=_goal(case, 1.0)))
+        if case is FULL:
             continue
-        found.append(Figure.spread(f"{name}_saved", f"{title}: time / full run", row.saved, "x"))
-        quality = Figure.spread(f"{name}_psnr", f"{title}: PSNR to the full run", row.psnr, "dB", goal.get("psnr"))
-        found.append(replace(quality, at_least=True))
-        found.append(Figure.spread(f"{name}_rmse", f"{title}: latent RMSE", row.rmse, "x"))
-    return found
+        made.append(figure("time / full run", ratio(seconds[name], seconds[FULL.text]), "x"))
+        quality = list(map(psnr, images[name], images[FULL.text]))
+        made.append(figure(PSNR, quality, "dB", goal=_goal(case, 35.0), at_least=True))
+        made.append(figure("latent RMSE", list(map(rmse, latents[name], latents[FULL.text])), "x"))
+    draw(made, bench.output / "reuse-front.png")
+    yield from made
 
 
-def draw(measured: Mapping[str, Measured], path: Path) -> None:
+def _goal(case: Case, goal: float) -> float | None:
+    return goal if case is PRESET else None
+
+
+def _run(bench: Bench, world: World, case: Case, steps: int, number: int) -> Run:
+    world.word = small_world.WORDS[number % len(small_world.WORDS)]
+    how = Sampling(steps, "dpmpp_2m", "karras", number)
+    kept: list[Tensor] = []
+    latent = empty_latent(small_world.SIZE, bench.batch or 1)
+    return bench.clock.time(lambda: kept.append(case.run(world, latent, how))), kept[0]
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio of an image with values in 0 .. 1, dB: 10 log10(1 / mean squared error).
+
+    Of the image as it is saved, in 8 bits; 99 for equal ones.
+    """
+    a, b = ((picture.double().clamp(0, 1) * 255).round() / 255 for picture in (image, reference))
+    error = float((a - b).square().mean())
+    return 99.0 if error == 0.0 else -10 * math.log10(error)
+
+
+def rmse(latent: Tensor, reference: Tensor) -> float:
+    """Root mean square difference of a latent, over the standard deviation of the reference."""
+    a, b = latent.double(), reference.double()
+    return float((a - b).square().mean().sqrt() / b.std())
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both time and quality, by time."""
+    return sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
+
+
+def draw(figures: Sequence[Figure], path: Path) -> None:
     """Draw the front: time against PSNR, with the rules that nothing beats joined by a line."""
     from matplotlib.figure import Figure as Plot
 
     plot = Plot(figsize=(8.6, 4.2), layout="constrained")
     axes = plot.subplots()
-    rows = {name: row for name, row in measured.items() if name != FULL}
-    best = front([(row.time.median, row.psnr.median) for row in rows.values()])
-    axes.plot(*zip(*best, strict=True), color="#0072b2", zorder=1, linewidth=1)
-    for number, (name, row) in enumerate(rows.items(), start=1):
-        place, colour = (row.time.median, row.psnr.median), "#d55e00" if name == PRESET else "#0072b2"
-        axes.scatter(*place, color=colour, zorder=2, s=28, label=f"{number}  {RULES[name][0]}")
+    values = {(figure.row, figure.column): figure.value for figure in figures}
+    places = {row: (values[row, TIME], value) for (row, column), value in values.items() if column == PSNR}
+    axes.plot(*zip(*front(list(places.values())), strict=True), color="#0072b2", zorder=1, linewidth=1)
+    for number, (row, place) in enumerate(places.items(), start=1):
+        colour = "#d55e00" if row == PRESET.text else "#0072b2"
+        axes.scatter(*place, color=colour, zorder=2, s=28, label=f"{number}  {row}")
         axes.annotate(str(number), place, (5, 5), textcoords="offset points", fontsize=8)
-    for level, style in ((measured[FULL].time.median, ":"), (1.0, "--")):
+    for level, style in ((values[FULL.text, TIME], ":"), (1.0, "--")):
         axes.axvline(level, color="#666666", linestyle=style, linewidth=1)
     axes.axhline(35.0, color="#666666", linestyle="--", linewidth=1)
     axes.set_xlabel("time over stock CFG (dotted: the full run)")
@@ -186,8 +100,3 @@ def draw(measured: Mapping[str, Measured], path: Path) -> None:
     plot.legend(loc="outside right upper", fontsize=7, frameon=False, handlelength=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=110)
-
-
-def device_clock(cpu_time: bool) -> Clock:
-    """Of the device that ComfyUI runs its models on."""
-    return Clock(management.get_torch_device(), cpu_time)

@@ -1,107 +1,81 @@
-"""One guided step against the model calls it is made of, three separate calls, and stock guidance."""
+"""One guided step of every case against the model calls in it, against separate calls, and against stock guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.samplers
 from torch import Tensor
 
-from ..gcfg.diagnostics import GuidanceReport, Recorder
-from ..gcfg.terms import GuidanceTerm
-from ..nodes.runtime.guider import GCFGGuider
-from ..nodes.runtime.lanes import BASE, FIRST, Lane
-from ..nodes.runtime.readings import Readings
-from .bench import SCALE, Bench, Step
+from ..nodes.runtime.lanes import BASE, Lane
+from .bench import Bench
+from .cases import CASES, STOCK, Case, inside
 from .figures import Figure
-from .timing import Clock, Spread, Times, interleave, ratio
-from .watch import Split, watching
+from .harness import Split, interleaved, ratio, watching
 
 
-def figures(bench: Bench) -> list[Figure]:
-    """Unconditional and text control on the prior, and a concept model: three evaluations."""
-    terms = [
-        GuidanceTerm(SCALE, conditioning=bench.prompt(1)),
-        GuidanceTerm(1.5, model=bench.concept, conditioning=bench.prompt(2)),
-    ]
-    times: Times = {}
-    splits: list[Split] = []
-    batches: list[int] = []
-    readings: list[float] = []
+@dataclass(frozen=True)
+class Step:
+    """One step.
 
-    def body(guider: GCFGGuider, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
-        with watching([lane.patcher.model for lane in guider.run.lanes], bench.clock) as watch:
-            watch.record(step)
-            batches.extend(watch.batches)
-            calls = {
-                "gcfg": lambda: splits.append(watch.split(step)),
-                "raw": watch.repeat,
-                "separate": lambda: separate(guider.run.lanes, x, sigma, options),
-                "stock": lambda: stock(guider.run.lanes[0], x, sigma, options),
-                "recorded": lambda: recorded(guider, step, bench.clock, readings),
-            }
-            times.update(interleave(calls, bench.repeats, bench.clock, "steps"))
+    Attributes:
+        batches: of its model calls.
+        seconds: of the step.
+        split: what of it the models took.
+        apart: seconds of the same predictions, each in a call of its own; None where they are not ours.
+    """
 
-    bench.inside_run(terms, body)
-    counted = splits[-bench.repeats :]
-    within = Spread.of([1 + split.around / split.within for split in counted])
-    own = Spread.of([split.around * 1000 for split in counted])
-    shown = Spread.of([1 + spent / step for spent, step in zip(readings[1:], times["gcfg"], strict=True)])
-    each = f"calls of batch {' and '.join(map(str, batches))}"
-    return [
-        Figure.spread("step", "GCFG, one step of three evaluations", Spread.of(times["gcfg"]), "s", note=each),
-        Figure.spread(
-            "overhead", "GCFG step / its model calls, made alone", ratio(times["gcfg"], times["raw"]), "x", 1.01
-        ),
-        Figure.spread(
-            "overhead_within",
-            "GCFG step / its model calls, noise cancelled",
-            within,
-            "x",
-            1.01,
-            "the calls are timed within the step, so they are the same in both",
-        ),
-        Figure.spread("overhead_ms", "GCFG step - its model calls", own, "ms"),
-        Figure.spread(
-            "diagnostics",
-            "GCFG step with readings for the chart / without, noise cancelled",
-            shown,
-            "x",
-            1.01,
-            "none are taken where no editor and no Guidance Report looks",
-        ),
-        Figure.spread(
-            "three_vs_separate",
-            "uncond, control, concept / three separate calls",
-            ratio(times["gcfg"], times["separate"]),
-            "x",
-        ),
-        Figure.spread(
-            "three_vs_stock",
-            "uncond, control, concept / stock CFG step",
-            ratio(times["gcfg"], times["stock"]),
-            "x",
-            1.5,
-            "three evaluations against two",
-        ),
-    ]
+    batches: list[int]
+    seconds: float
+    split: Split
+    apart: float | None
 
 
-def recorded(guider: GCFGGuider, step: Step, clock: Clock, seconds: list[float]) -> None:
-    """One step whose readings are taken; adds how long that took."""
-    recorder = Recorder(GuidanceReport(), (1.0, 0.0), [term.label for term in guider.plan.terms])
-    take = recorder.record
+def figures(bench: Bench) -> Iterator[Figure]:
+    """One step of every case, in turn."""
+    calls = {case.text: partial(_step, bench, case) for case in CASES}
+    found = interleaved(calls, bench.repeats, f"steps, {bench.size} px")
+    stock = found[STOCK.text]
+    for case in CASES:
+        yield from _row(case, found[case.text], stock)
 
-    def record(*args: Any) -> None:
-        seconds.append(clock.time(lambda: take(*args)))
 
-    recorder.record = record  # type: ignore[method-assign, assignment]
-    guider.run.readings = Readings(recorder, guider.run.known)
-    try:
-        step()
-    finally:
-        guider.run.readings = None
+def _row(case: Case, steps: Sequence[Step], stock: Sequence[Step]) -> Iterator[Figure]:
+    figure = partial(Figure.of, case.text)
+    batches = steps[0].batches
+    evaluations, of_stock = sum(batches), sum(stock[0].batches)
+    yield figure("model calls", [len(batches)], "count", note=f" of batch {', '.join(map(str, batches))}")
+    yield figure("step", [step.seconds for step in steps], "s")
+    goal = 1.5 if case.ours and 2 * evaluations == 3 * of_stock else None
+    over = ratio([step.seconds for step in steps], [step.seconds for step in stock])
+    yield figure("/ stock CFG", over, "x", goal=goal)
+    yield figure("by evaluations", [evaluations / of_stock], "x")
+    within = [step.split.whole / step.split.within for step in steps]
+    yield figure("/ its model calls", within, "x", goal=1.01 if case.ours else None)
+    yield figure("- its model calls", [1000 * step.split.around for step in steps], "ms")
+    if case.ours:
+        apart = [step.apart for step in steps if step.apart is not None]
+        yield figure("/ separate calls", ratio([step.seconds for step in steps], apart), "x")
+
+
+def _step(bench: Bench, case: Case, _: int) -> Step:
+    guider = case.guider(bench.models)
+    found: list[Step] = []
+
+    def solver(step: Callable[[], Tensor], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
+        # Waiting for a GPU after every model call is no part of a step, so there the step is timed by itself too.
+        alone = None if bench.cpu else bench.clock.time(step)
+        patchers = [lane.patcher for lane in guider.run.lanes] if case.ours else [bench.models.prior]
+        with watching([patcher.model for patcher in patchers], bench.clock) as watch:
+            split = watch.split(step)
+        apart = bench.clock.time(lambda: separate(guider.run.lanes, x, sigma, options)) if case.ours else None
+        found.append(Step(watch.batches, alone or split.whole, split, apart))
+
+    inside(guider, bench.latent, solver)
+    return found[0]
 
 
 def separate(lanes: Sequence[Lane], x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
@@ -110,9 +84,3 @@ def separate(lanes: Sequence[Lane], x: Tensor, sigma: Tensor, options: dict[str,
         for key in lane.keys:
             own = options if BASE in lane.keys else lane.options
             comfy.samplers.calc_cond_batch(lane.patcher.model, [lane.conds[key]], x, sigma, own)
-
-
-def stock(lane: Lane, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
-    """One step of stock classifier-free guidance with the prior."""
-    conds = lane.conds
-    comfy.samplers.sampling_function(lane.patcher.model, x, sigma, conds[BASE], conds[FIRST], SCALE, options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.concept_file import compact, features, fold
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.loads import counting
 from comfyui_gcfg.testkit.models import lora_state_dict, null_text_features
 from safetensors.torch import load_file, save_file
 
@@ -91,7 +92,6 @@ PRESSURES = [(2.2, "NORMAL_VRAM"), (1.2, "LOW_VRAM"), (1.2, "NO_VRAM")]  # so ma
 
 def test_little_memory_changes_nothing_but_is_told(pressure, load_unet, weights, gcfg, prompt, latent, comfy, caplog):
     """Prior, its clone with a LoRA, and a concept, with all memory and with less; the second time from half loaded."""
-    from comfyui_gcfg.benchmarks.loads import counting
     from comfyui_gcfg.nodes.runtime.clones import separate
     from comfyui_gcfg.nodes.runtime.versions import left_in_ram
 
