@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def bench(
     section: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION]...", help=f"Of {', '.join(SECTIONS)}; without: {', '.join(MAIN)}."),
+        typer.Argument(metavar="SECTION", help=f"Of {', '.join(SECTIONS)}; without: {', '.join(MAIN)}."),
     ] = None,
     family: Annotated[str, typer.Option(help=f"Layout of the untrained models: {' or '.join(FAMILIES)}.")] = "sd15",
     small: Annotated[bool, typer.Option("--small", help="A few of the layout's blocks in place of all.")] = False,
