@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..gcfg.concept_file import compact, fold
 from ..nodes.runtime.concept import load_concept_unet
-from ..nodes.runtime.text import encode_prompt
+from ..nodes.runtime.versions import encode_prompt
 from ..testkit import layouts, models, small_world
 from ..testkit.layouts import FAMILIES
 

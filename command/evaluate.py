@@ -120,7 +120,7 @@ def abtest_command(
 
         folder = settings.output_folder / FOLDER
         if count:
-            say(abtest.told(abtest.win_rates(count, abtest.key_of(folder))).split("\n"))
+            say(abtest.summary(abtest.win_rates(count, abtest.key_of(folder))).split("\n"))
             return
         _refuse_unknown(settings, method)
         say(str(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed)))

@@ -134,7 +134,7 @@ def win_rates(choices: Sequence[Path], key: Path) -> dict[str, list[Wins]]:
     return {task: sorted(each, key=lambda row: -row.rate) for task, each in rates.items()}
 
 
-def told(rates: Mapping[str, Sequence[Wins]]) -> str:
+def summary(rates: Mapping[str, Sequence[Wins]]) -> str:
     """Return the win rates as the lines of a table."""
     if not rates:
         return "No choices."

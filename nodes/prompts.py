@@ -11,7 +11,7 @@ from ..gcfg.errors import GuidanceError
 from ..gcfg.prompt_lines import EXPECTED, read_prompt_lines
 from ..gcfg.terms import GuidanceTerm
 from .inputs import checked
-from .runtime.text import encode_prompt
+from .runtime.versions import encode_prompt
 from .sockets import TERMS
 
 _LABEL = 32  # characters of a prompt that name its guidance

@@ -34,7 +34,7 @@ def encode_images(config: Config) -> CacheReport:
         )
 
 
-def told(report: CacheReport, config: Config) -> str:
+def summary(report: CacheReport, config: Config) -> str:
     """Return what the command prints."""
     text = (
         f"{report.encoded:,} images encoded, {report.reused:,} kept, in {report.shards:,} files: {config.data.cache} "

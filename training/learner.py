@@ -80,7 +80,7 @@ class Learner:
 
         Raises: GuidanceError: if memory runs out.
         """
-        with self._told_of_full_memory(len(micro_batches[0].u)):
+        with self._explaining_full_memory(len(micro_batches[0].u)):
             loss = self._accumulate(micro_batches)
             limit = self._config.max_grad_norm or float("inf")
             grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
@@ -145,7 +145,7 @@ class Learner:
             self._ema.step(self.parameters)
 
     @contextlib.contextmanager
-    def _told_of_full_memory(self, images: int) -> Iterator[None]:
+    def _explaining_full_memory(self, images: int) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

@@ -41,14 +41,14 @@ def from_main(function: Callable[[], T]) -> T:
 
     Raises: GuidanceError: in every process, what the function raised in the main one.
     """
-    told: list[T | str | None] = [None, None]
+    shared: list[T | str | None] = [None, None]
     if PartialState().is_main_process:
         try:
-            told[0] = function()
+            shared[0] = function()
         except GuidanceError as error:
-            told[1] = str(error)
-    broadcast_object_list(told)
-    result, complaint = told
+            shared[1] = str(error)
+    broadcast_object_list(shared)
+    result, complaint = shared
     if complaint is not None:
         raise GuidanceError(str(complaint))
     return result  # type: ignore[return-value]

@@ -165,18 +165,11 @@ def warn_settings(lanes: Sequence[Any]) -> None:
             )
 
 
-def cache_around(patcher: Any) -> str:
-    """The name of the cache that another pack has put around a model's calls, as it calls itself; else empty."""
-    wrapper = patcher.model_options.get("model_function_wrapper")
-    name = "" if wrapper is None else called(wrapper)
-    return name if "cache" in name.lower() else ""
-
-
 def warn_caches(lanes: Sequence[Any]) -> None:
     """Say where a cache that other packs put around a model keeps one state for several predictions."""
     found: dict[str, list[Any]] = {}
     for lane in lanes:
-        name = cache_around(lane.patcher)
+        name = _cache_around(lane.patcher)
         if name:
             found.setdefault(name, []).append(lane)
     for name, holders in found.items():
@@ -230,3 +223,10 @@ def _check_conditioning(name: str, conditioning: Any, model: Any) -> None:
             raise GuidanceError(f"{name} holds no text, which this model reads; connect a CLIP Text Encode node.")
         if tensor.shape[-1] != expected:
             raise width_error(name, tensor.shape[-1], expected)
+
+
+def _cache_around(patcher: Any) -> str:
+    """The name of the cache that another pack has put around a model's calls, as it calls itself; else empty."""
+    wrapper = patcher.model_options.get("model_function_wrapper")
+    name = "" if wrapper is None else called(wrapper)
+    return name if "cache" in name.lower() else ""

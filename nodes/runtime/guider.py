@@ -86,13 +86,13 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         if sigmas.shape[-1] == 0:
             return latent_image
         checks.check_latent(self.node, self.model_patcher, latent_image)
-        told = self.quiet or checks.warn_not_finite(self.node, latent_image)
+        warned = self.quiet or checks.warn_not_finite(self.node, latent_image)
         recorder = None
         try:
             self.run = self._begun(sigmas.tolist(), self.plan.fitted(latents.latent_shapes(latent_image)))
             recorder = self.run.recorder
             samples = super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            if not told:
+            if not warned:
                 checks.warn_not_finite(self.node, samples, True, recorder)
             return samples
         except BaseException as error:

@@ -108,10 +108,10 @@ def sample_cells(
     for number, guider in enumerate(guiders):
         guider.quiet = number > 0
 
-        def told(step: int, denoised: Any, x: Any, total: int, number: int = number) -> None:
+        def preview_cell(step: int, denoised: Any, x: Any, total: int, number: int = number) -> None:
             preview(number * total + step, denoised, x, count * total)
 
-        results.append(sample_latent(guider, latent, steps=steps, callback=told, **settings))
+        results.append(sample_latent(guider, latent, steps=steps, callback=preview_cell, **settings))
     samples = [result["samples"] for result in results]
     if not checks.holds_lost(samples[0]):  # else the first has said so
         checks.warn_not_finite(guiders[0].node, latents.joined(samples), True)

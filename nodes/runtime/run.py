@@ -52,7 +52,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.cache = self.new_cache()
-        self._override_told = False
+        self._override_warned = False
         # Hooks keep things in the options that they are handed, so these are one dict all run long.
         self._options_of_rules: dict[int, dict[str, Any]] = {}
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
@@ -181,9 +181,9 @@ class Run:
         if two is not None:
             found = (replace(two[0], weight=cfg), replace(two[1], weight=1.0 - cfg))
             return found if two[0] is acting[0] else found[::-1], found
-        if acting and not self._override_told:
+        if acting and not self._override_warned:
             checks.warn_override(len(acting))
-            self._override_told = True
+            self._override_warned = True
         return acting, None
 
     def weight_at(self, sigma: float) -> float:

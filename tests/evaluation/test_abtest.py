@@ -7,7 +7,7 @@ from pathlib import Path
 import comfyui_gcfg.evaluation.abtest as abtest
 import pytest
 import torch
-from comfyui_gcfg.evaluation.abtest import Trial, key_of, told, win_rates, write_page
+from comfyui_gcfg.evaluation.abtest import Trial, key_of, summary, win_rates, write_page
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from PIL import Image
 from py_mini_racer import MiniRacer
@@ -160,7 +160,7 @@ def test_win_rates_are_those_of_the_choices(study, page, tmp_path):
     assert sum(wins for (_, method), (wins, _) in counted.items() if method == "oft") == 3
     for rows in rates.values():
         assert sum(row.wins for row in rows) == rows[0].trials
-    table = told(rates)
+    table = summary(rates)
     assert {"alignment: chosen as the best (95 % interval)", "fid: chosen as the best (95 % interval)"} <= set(
         table.splitlines()
     )
@@ -190,7 +190,7 @@ def test_files_of_another_page_are_told(study, page, tmp_path):
 
 
 def test_no_choices_are_no_rates(page):
-    assert told(win_rates([], key_of(page))) == "No choices."
+    assert summary(win_rates([], key_of(page))) == "No choices."
 
 
 def test_a_folder_that_is_there_is_left_alone(page):

@@ -93,7 +93,7 @@ def build_cache(
         unit="image",
         disable=not (todo and progress and state.is_main_process),
     )
-    with _told_of_dead_workers(), bar:
+    with _explaining_dead_workers(), bar:
         _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
     state.wait_for_everyone()
     seconds = time.monotonic() - planned
@@ -241,7 +241,7 @@ class _Encoder:
 
 
 @contextmanager
-def _told_of_dead_workers() -> Iterator[None]:
+def _explaining_dead_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

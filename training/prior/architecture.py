@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ...gcfg.errors import GuidanceError
-from ...gcfg.unet_keys import diffusers_to_ldm
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -132,11 +131,6 @@ def refuse_mismatch(expected: Shapes, found: Shapes, source: str) -> None:
             f"{expected.get(key, 'nothing')}, got {found.get(key, 'nothing')}, and {len(differing) - 1} more); "
             "use a model of the SD1.x, SD2.x or SDXL layout."
         )
-
-
-def ldm_shapes(shapes: Shapes, naming: str) -> dict[str, Shape]:
-    """Return bare UNet shapes in LDM keys, whichever naming they have."""
-    return diffusers_to_ldm(shapes) if naming == "diffusers" else dict(shapes)
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:
