@@ -26,7 +26,7 @@ from ..training.prior.model import Prior, open_prior
 from ..training.prior.unet import find_unet, load_unet
 from .config import PRIOR, Config, Recipe
 from .controlnet import load_controlnet
-from .sampling import Guidance, Prediction, take_hints
+from .sampling import Guidance, Predictor, take_hints
 from .texts import Texts
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class Models:
         for name in set(self._unets) - {*names, PRIOR}:
             del self._unets[name]
 
-    def _prediction(self, name: str, prompt: str, control: bool) -> Prediction:
+    def _prediction(self, name: str, prompt: str, control: bool) -> Predictor:
         word = self._word(name)
         unet = self._unet(PRIOR if word else name)
         text = self._texts.without_text if is_null_text(unet) else self._texts.conditions(prompt, word)
         # A ControlNet is the prior's: it reads text beside a null-text UNet too.
-        return Prediction(unet, text, self._texts.conditions(prompt, word) if control else None)
+        return Predictor(unet, text, self._texts.conditions(prompt, word) if control else None)
 
     def _word(self, name: str) -> LearnedToken | None:
         model = self._config.models.get(name)

@@ -22,8 +22,8 @@ _DECODED_PIXELS = 1 << 18  # of the images that pass the VAE at once: 64 of 64 x
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """One evaluation of a network in a step.
+class Predictor:
+    """A network with what it reads: what makes one prediction of a step.
 
     Attributes:
         unet: the network.
@@ -51,8 +51,8 @@ class Guidance:
         weights: one for each term; where it is 0 the term is not evaluated.
     """
 
-    base: Prediction
-    terms: tuple[Prediction, ...] = ()
+    base: Predictor
+    terms: tuple[Predictor, ...] = ()
     weights: tuple[float, ...] = ()
 
 
@@ -80,7 +80,7 @@ def denoiser(guidance: Guidance, objective: Objective, control: Control | None =
         outputs: dict[tuple[int, int, int], Tensor] = {}
         residuals: dict[int, Any] = {}
 
-        def output(of: Prediction) -> Tensor:
+        def output(of: Predictor) -> Tensor:
             if of.key not in outputs:
                 outputs[of.key] = _output(of, x, t, control, residuals)
             return outputs[of.key]
@@ -92,7 +92,7 @@ def denoiser(guidance: Guidance, objective: Objective, control: Control | None =
     return denoised
 
 
-def _output(of: Prediction, x: Tensor, t: Tensor, control: Control | None, residuals: dict[int, Any]) -> Tensor:
+def _output(of: Predictor, x: Tensor, t: Tensor, control: Control | None, residuals: dict[int, Any]) -> Tensor:
     """Evaluate a network in its own number format; terms that read the same text share the ControlNet's residuals."""
     unet = of.unet
     x = x.to(next(unet.parameters()).dtype)
