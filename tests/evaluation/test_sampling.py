@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation.sampling import Control, Guidance, Prediction, decode, denoiser, take_hints
+from comfyui_gcfg.evaluation.sampling import Control, Guidance, Predictor, decode, denoiser, take_hints
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
 from comfyui_gcfg.training.concept import Conditions, predict
 from comfyui_gcfg.training.objective import Objective
@@ -36,7 +36,7 @@ def test_any_number_of_terms_equals_the_sum_in_eps():
     objective = Objective.of("eps")
     base, *terms = networks = Gaussian(0.5, 1.0), Gaussian(-1.0, 0.3), Gaussian(0.2, 0.7), Gaussian(2.0, 1.5)
     weights = (1.5, 2.25, -0.5)
-    guidance = Guidance(Prediction(base, TEXT), tuple(Prediction(term, TEXT) for term in terms), weights)
+    guidance = Guidance(Predictor(base, TEXT), tuple(Predictor(term, TEXT) for term in terms), weights)
     x = starting_noise([0, 1], SHAPE)
     found = sample(denoiser(guidance, objective), x, objective, steps=12)
 
@@ -54,7 +54,7 @@ def test_any_number_of_terms_equals_the_sum_in_eps():
 )
 def test_only_what_counts_is_evaluated(weights, calls):
     networks = [Gaussian(mean, 1.0) for mean in (0.0, 1.0, 2.0)]
-    base, *terms = (Prediction(network, TEXT) for network in networks)
+    base, *terms = (Predictor(network, TEXT) for network in networks)
     sample(
         denoiser(Guidance(base, tuple(terms), weights), Objective.of("eps")),
         starting_noise([0], SHAPE),
@@ -66,8 +66,8 @@ def test_only_what_counts_is_evaluated(weights, calls):
 
 def test_what_two_terms_share_is_evaluated_once():
     network, other = Gaussian(0.0, 1.0), Conditions(torch.ones(1, 1, 1))
-    once = Prediction(network, TEXT)
-    guidance = Guidance(once, (Prediction(network, TEXT), Prediction(network, other)), (2.0, 0.5))
+    once = Predictor(network, TEXT)
+    guidance = Guidance(once, (Predictor(network, TEXT), Predictor(network, other)), (2.0, 0.5))
     sample(denoiser(guidance, Objective.of("eps")), starting_noise([0], SHAPE), Objective.of("eps"), 4)
     assert network.calls == 2 * 4
 
@@ -120,7 +120,7 @@ def test_a_controlnet_beside_the_pipelines_way(tiny_unet, controlnet):
     layers = take_hints(stripped)
     calls = []
     stripped.register_forward_hook(lambda module, args, output: calls.append(1))
-    guidance = Guidance(Prediction(tiny_unet, texts[0], texts[1]), (Prediction(tiny_unet, texts[1], texts[1]),), (2.0,))
+    guidance = Guidance(Predictor(tiny_unet, texts[0], texts[1]), (Predictor(tiny_unet, texts[1], texts[1]),), (2.0,))
     objective = Objective.of("eps")
     with torch.inference_mode():
         found = denoiser(guidance, objective, Control(stripped, layers(condition)))(x, times)
