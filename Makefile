@@ -41,10 +41,11 @@ demo: $(READY)
 	$(PYTHON) -m comfyui_gcfg.demo
 
 # Two processes, a file's tests in one of them: each has models of its own, so more of them would need more memory.
-# The editor's are run where there is a browser, or where one can be brought.
+# The editor's are run where there is a browser, or where one can be brought. Of the random graphs 60, not all 300.
+test: export GRAPHS ?= 60
 test: $(READY)
 	@$(PYTHON) -m comfyui_gcfg.testkit.browser
-	$(PYTEST) -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 reproduce: $(READY)
 	$(PYTHON) -m comfyui_gcfg.reproduction $(ARGS)

@@ -86,19 +86,19 @@ def test_the_guider_for_stock_samplers(comfy, prior, prompt, latent, warnings):
     assert warnings() == [OUT.format("GCFG Guider", "")]
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_a_sweep_says_it_once(comfy, prior, prompt, latent, warnings, one_by_one):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_sweep_says_it_once(comfy, prior, prompt, latent, warnings, hooked):
     from comfyui_gcfg.nodes.weight_sweep import GCFGWeightSweep
 
     model = prior.clone()
-    if one_by_one:  # with a guidance hook each cell is a run of its own
+    if hooked:
         model.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
     term = GuidanceTerm(2.0, conditioning=prompt(1), label="a")
     vae = types.SimpleNamespace(decode=lambda samples: torch.zeros(len(samples), 8, 8, 3))
 
     def sweep(model, latent):
         GCFGWeightSweep().sweep(
-            *(model, 0, 2, "euler", "normal", prompt(0), latent, 1.0, vae, "a", "1, 2, 3", "", "", 4), term_1=(term,)
+            *(model, 0, 2, "euler", "normal", prompt(0), latent, 1.0, vae, "a", "1, 2, 3", "", ""), term_1=(term,)
         )
 
     sweep(model, {"samples": latent["samples"] * NAN})
