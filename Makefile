@@ -13,7 +13,7 @@
 # BASE_PYTHON=FILE    make .venv from this Python (3.10 to 3.12)
 # TORCH="torch==X torchvision==Y"    another pair for a new .venv
 # ARGS="-k words"     further arguments for pytest, or for the benchmark (ARGS=--small; ARGS="training --small")
-# The README gives the same as plain commands.
+# CONTRIBUTING.md gives the same as plain commands.
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
