@@ -400,7 +400,7 @@ def test_random_graphs(runs, tmp_path):
     lines = [f"{count:5} {text}" for counted in (became, told) for text, count in counted.most_common()]
     Path(os.environ.get("REPORT", tmp_path / "report.txt")).write_text("\n".join([*lines, *failed]), encoding="utf-8")
     assert failed == []
-    assert became["image"] > GRAPHS / 5, "most of what is drawn must not end early"
+    assert became["image"] > GRAPHS / 8, "too much of what is drawn ends early"
     # ComfyUI writes raw text of users into its own log lines, which fails there and does no harm.
     unwritten = runs.server.log_file.read_text(encoding="utf-8", errors="replace").split("--- Logging error ---")[1:]
     assert [stack for stack in unwritten if "comfyui-gcfg" in stack.partition("Message:")[0]] == []
