@@ -38,7 +38,8 @@ def test_the_readme_is_short():
 
 def test_the_index_names_every_page():
     index = (DOCS / "README.md").read_text(encoding="utf-8")
-    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} == set(LINK.findall(index))
+    named = {link for link in LINK.findall(index) if not link.startswith("../")}
+    assert {path.name for path in DOCS.glob("*.md")} - {"README.md"} == named
 
 
 def test_the_reference_names_every_command():
