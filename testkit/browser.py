@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 from playwright.sync_api import Error, sync_playwright
 
@@ -45,14 +44,14 @@ def find_browser() -> str | None:
 
 def bring_browser(say: Callable[[str], None] = print) -> str | None:
     """Return `find_browser`; where there is none, download one first, or as root install Debian's package."""
-    for means, commands in ((None, ()), *_means()):
-        if means is not None:
-            say(f"No browser for the editor's tests: {means} ...")
-        if all(_runs(command) for command in commands):
+    found = find_browser()
+    for means, commands in () if found else _means():
+        say(f"No browser for the editor's tests: {means} ...")
+        if all(map(_runs, commands)):
             find_browser.cache_clear()
             if found := find_browser():
-                return found
-    return None
+                break
+    return found
 
 
 def _means() -> list[tuple[str, list[list[str]]]]:
@@ -73,7 +72,5 @@ def _runs(command: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    if (path := bring_browser()) is None:
+    if bring_browser() is None:
         print(f"There is none, and this machine cannot bring one: the editor's tests will be left out; {ADVICE}.")
-    elif not Path(path).is_file():
-        raise SystemExit(f"{path} is gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,16 @@ def write_output(
                     write_shard(path, torch.stack(images), start, 1.0)
     Image.new("RGB", (40, 30), "navy").save(folder / "sweep.png")
     return folder
+
+
+def section(page: str, heading: str) -> str:
+    """What stands below a heading of a Markdown page."""
+    found = re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert found is not None, heading
+    return found.group(1)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

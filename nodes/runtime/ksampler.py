@@ -112,10 +112,10 @@ def sample_cells(
             preview(number * total + step, denoised, x, count * total)
 
         results.append(sample_latent(guider, latent, steps=steps, callback=preview_cell, **settings))
-    samples = [result["samples"] for result in results]
-    if not checks.holds_lost(samples[0]):  # else the first has said so
-        checks.warn_not_finite(guiders[0].node, latents.joined(samples), True)
-    return {**results[0], "samples": latents.joined(samples)}
+    samples = latents.joined([result["samples"] for result in results])
+    if not checks.holds_lost(results[0]["samples"]):  # else the first has said so
+        checks.warn_not_finite(guiders[0].node, samples, True)
+    return {**results[0], "samples": samples}
 
 
 def cut_sigmas(sigmas: Tensor, start_step: int | None, last_step: int | None, force_full_denoise: bool) -> Tensor:

@@ -10,7 +10,7 @@ from comfyui_gcfg.evaluation.report import Experiment, page_text, read_published
 from comfyui_gcfg.evaluation.report.plots import plane_values, tradeoff_points
 from comfyui_gcfg.evaluation.report.stored import Results
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.testkit.results import conditions, every_result, scan_of
+from comfyui_gcfg.testkit.results import conditions, every_result, rows, scan_of, section
 from PIL import Image
 
 EXPERIMENT = Experiment("A small world", "Digits in *real* handwriting.\n", {"prior": 600.0, "methods": 300.0})
@@ -27,16 +27,6 @@ def written(output, tmp_path_factory):
 def page(written, tmp_path):
     """The test's own copy."""
     return shutil.copytree(written.parent, tmp_path / "docs") / written.name
-
-
-def section(text, heading):
-    return re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
-
-
-def rows(text):
-    """The cells of a section's tables."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def linked(page):

@@ -11,7 +11,7 @@ from comfyui_gcfg.evaluation.report.plots import tradeoff_points
 from comfyui_gcfg.evaluation.report.stored import Results
 from comfyui_gcfg.reproduction.paper.__main__ import app
 from comfyui_gcfg.reproduction.paper.page import draw_tradeoff, page_text
-from comfyui_gcfg.testkit.results import conditions, every_result
+from comfyui_gcfg.testkit.results import conditions, every_result, rows, section
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -30,16 +30,6 @@ def written(output, tmp_path_factory):
 def page(written, tmp_path):
     """The test's own copy."""
     return shutil.copytree(written.parent, tmp_path / "docs") / written.name
-
-
-def section(text, heading):
-    return re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL).group(1)
-
-
-def rows(text):
-    """The cells of a section's tables."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_every_page_of_the_docs_is_that_of_its_json():
