@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..gcfg.combine import combine
+from ..gcfg.combine import Delta, combine
 from ..gcfg.plan import ActiveTerm, needs_base
 from ..training.concept import Conditions, predict
 from ..training.objective import Objective
@@ -86,7 +86,7 @@ def denoiser(guidance: Guidance, objective: Objective, control: Control | None =
             return outputs[of.key]
 
         base = output(guidance.base) if needs_base(active) else None
-        guided = combine(base, [output(guidance.terms[term.index]) for term in active], active)
+        guided = combine(base, [Delta(output(guidance.terms[term.index]), term) for term in active])
         return objective.denoised(x, guided, t)
 
     return denoised

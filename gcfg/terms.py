@@ -18,7 +18,10 @@ MAX_LABEL = 200  # characters; it is in every message to the editor
 
 @dataclass(frozen=True, eq=False)
 class GuidanceTerm:
-    """One weighted guidance delta, w (eps_i(x, c) - eps_0(x)) in Eq. 3 of Cao et al. 2023.
+    """One weighted guidance delta, w_i (D_i - R_i): with R_i = D_0 that of Eq. 3 of Cao et al. 2023.
+
+    Where a relative model or conditioning is given, R_i is its prediction: of the term's own model with that
+    conditioning, of that model with the term's conditioning, or of both.
 
     Attributes:
         weight: guidance weight w_i, -100 to 100; negative pushes away.
@@ -31,6 +34,8 @@ class GuidanceTerm:
         curve: how the weight changes between start and end; constant by default.
         cache_rule: when its delta is carried on in place of being evaluated; None, the default: never.
         stream_weights: factors of the weight by the stream of a latent that holds several, such as video and audio.
+        relative_model: the model that predicts R_i, or None. Opaque to this library.
+        relative_conditioning: the conditioning of R_i, or None. Opaque to this library.
 
     Raises:
         GuidanceError: if the weight is outside -100..100, a percent outside 0..1, start is after end, or the mask is no
@@ -47,6 +52,8 @@ class GuidanceTerm:
     curve: WeightCurve = CONSTANT
     cache_rule: CacheRule | None = None
     stream_weights: Mapping[str, float] = field(default_factory=dict)
+    relative_model: Any = None
+    relative_conditioning: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", label_text(self.label))
@@ -75,6 +82,11 @@ class GuidanceTerm:
     def everywhere(self) -> bool:
         """Whether it acts on the whole latent alike."""
         return not self.masks and not self.stream_weights
+
+    @property
+    def relative(self) -> bool:
+        """Whether its delta is measured from a prediction of its own, R_i, and not from the base."""
+        return self.relative_model is not None or self.relative_conditioning is not None
 
     @property
     def pulls(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..gcfg.combine import combine
+from ..gcfg.combine import Delta, combine
 from ..gcfg.plan import ActiveTerm, needs_base
 from .concept import Conditions, predict
 from .config import Config
@@ -60,7 +60,7 @@ def guided(prior: Denoise, concept: Denoise, weight: float) -> Denoise:
 
     def denoised(x: Tensor, t: Tensor) -> Tensor:
         base = prior(x, t) if needs_base(terms) else None
-        return combine(base, [concept(x, t) for _ in terms], terms)
+        return combine(base, [Delta(concept(x, t), term) for term in terms])
 
     return denoised
 

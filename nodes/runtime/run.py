@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import combine, effective_cond, pair
+from ...gcfg.combine import Delta, combine, effective_cond, pair
 from ...gcfg.diagnostics import Recorder
-from ...gcfg.guidance_cache import DeltaCache, Member
+from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
-from .lanes import BASE, Lane, Predictions, covers, predict
-from .readings import Guided, Readings
+from .lanes import BASE, Around, Lane, Predictions, covers, predict
+from .readings import Readings
 from .step import Known, Step, Terms, decided
 from .term_guider import TermGuider, Weight
 
@@ -29,6 +29,7 @@ class Run:
         node: the node's name, for errors.
         plan: the terms with their weights over the noise levels.
         keys: the key of each term's prediction.
+        references: the key of the prediction that a relative term is measured from, by the term's place.
         rules: the guidance hooks of each term's own model, by the term's place; a term without has no entry.
         lanes: the models, the sampler's own first.
         steps: the run's steps.
@@ -43,6 +44,7 @@ class Run:
     node: str
     plan: GuidancePlan
     keys: Sequence[str]
+    references: Mapping[int, str]
     rules: dict[int, dict[str, Any]]
     lanes: list[Lane]
     steps: Steps
@@ -64,6 +66,7 @@ class Run:
         lanes = {place: self._lane_of[key] for place, key in enumerate(self.keys) if key in self._lane_of}
         self.known = Known(
             self.keys,
+            self.references,
             frozenset(place for place, lane in lanes.items() if lane is self.lanes[0]),
             frozenset(place for place, lane in lanes.items() if place in self.rules or lane.own_sampling_function),
             frozenset(place for place, lane in lanes.items() if lane.is_wrapped),
@@ -89,7 +92,9 @@ class Run:
         step = self.step(self.plan, self.cache, sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
-        predictions = predict(self.lanes, dict.fromkeys(step.wanted, x), step.base or BASE, sigma, options, seed)
+        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
+        around = Around(step.base or BASE, own)
+        predictions = predict(self.lanes, step.wanted, around, x, sigma, options, seed)
         return self.combined(step, predictions, self.cache, x, sigma, options)
 
     def step(
@@ -130,31 +135,49 @@ class Run:
             sigma: (B,).
             options: the sampled model's options at this step.
         """
+        carried: dict[DeltaName, tuple[Tensor, Tensor | None]] = {}
         if cache is not None:
-            predictions = {**predictions, **cache.complete(predictions)}
+            carried = cache.complete(predictions)
+            predictions = {**{key: prediction for (key, _), (prediction, _) in carried.items()}, **predictions}
         if self.known.wrapped:
             step = self._with_weights_that_wrappers_set(step)
+
+        def delta(term: ActiveTerm) -> Delta:
+            name = self.keys[term.index], self.references[term.index] if term.relative else None
+            prediction, reference = carried.get(name) or (
+                predictions[name[0]],
+                None if name[1] is None else predictions[name[1]],
+            )
+            return Delta(prediction, term, reference)
+
+        acting = [delta(term) for term in step.acting]
+        around = {term.index for term in step.around}
         guided = [
-            self._by_own_rule(term, step, predictions, x, sigma, options)
-            if term.index in self.known.ruled
-            else (predictions[self.keys[term.index]], term)
-            for term in step.around
+            self._by_own_rule(one, step, predictions, x, sigma, options) if one.term.index in self.known.ruled else one
+            for one in acting
+            if one.term.index in around
         ]
         if step.hooked:
             denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
         else:
             denoised = self._sum(step, predictions, guided)
         if self.readings is not None:
-            self.readings.take(step, predictions, guided, x, sigma, denoised)
+            self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
     def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
-        """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out."""
+        """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
+
+        So is one that is measured from such a prediction.
+        """
 
         def takes_part(key: str) -> bool:
             return key not in self.ranged or covers(self._lane_of[key].conds[key], sigma)
 
-        return tuple(term for term in plan.active(sigma) if takes_part(self.keys[term.index]))
+        def keys(term: ActiveTerm) -> list[str]:
+            return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
+
+        return tuple(term for term in plan.active(sigma) if all(map(takes_part, keys(term))))
 
     def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
         """The step without the predictions that the cache carries on."""
@@ -162,10 +185,11 @@ class Run:
         members = []
         for term in step.acting:
             scheduled, key = plan.terms[term.index], self.keys[term.index]
-            if key != base:
-                apart = term.index not in self.known.on_base
-                members.append(Member(key, term.weight, scheduled.term.cache_rule, scheduled.caches_at(sigma), apart))
-        known = {base, *(self.keys[term.index] for term in step.acting)}
+            if key != base or term.relative:
+                apart, reference = term.index not in self.known.on_base, self.references.get(term.index)
+                rule, inside = scheduled.term.cache_rule, scheduled.caches_at(sigma)
+                members.append(Member(key, term.weight, rule, inside, apart, reference))
+        known = {base, *(key for member in members for key in member.keys)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
         return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))
 
@@ -207,7 +231,8 @@ class Run:
         if len(step.around) != 1:
             return False
         (term,) = step.around
-        return term.mask is None and term.index in self.known.on_base and term.index not in self.known.ruled
+        plain = term.mask is None and not term.relative
+        return plain and term.index in self.known.on_base and term.index not in self.known.ruled
 
     def _is_stock(self, step: Step) -> bool:
         return (
@@ -235,22 +260,26 @@ class Run:
 
     def _by_own_rule(
         self,
-        term: ActiveTerm,
+        one: Delta,
         step: Step,
         predictions: Predictions,
         x: Tensor,
         sigma: Tensor,
         options: dict[str, Any],
-    ) -> tuple[Tensor, ActiveTerm]:
-        """What hooks of a term's own model make of its prediction, H(D_0, D_i, w_i); its weight is in it."""
+    ) -> Delta:
+        """What hooks of a term's own model make of its prediction, H(R_i, D_i, w_i); its weight is in it."""
+        prediction, term, reference = one
         key = self.keys[term.index]
-        prediction, lane = predictions[key], self._lane_of[key]
+        lane = self._lane_of[key]
         own = hooks.without_hooks(options if lane is self.lanes[0] else lane.options)
         own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
         kept = self._options_of_rules.setdefault(term.index, {})
         kept.update({**own, **self.rules.get(term.index, {})})
-        uncond = step.base if step.base in lane.keys else BASE
-        base = None if step.base is None else predictions[step.base]
+        if reference is None:
+            uncond = step.base if step.base in lane.keys else BASE
+            base = None if step.base is None else predictions[step.base]
+        else:
+            uncond, base = self.references[term.index], reference
         at = hooks.Situation(
             lane.patcher.model,
             kept,
@@ -264,23 +293,24 @@ class Run:
             guide = hooks.guided
             if placing.is_replaced(comfy.samplers.sampling_function):
                 guide = placing.guided_by_sampling_function
-            return guide(at, prediction.clone(), None if base is None else base.clone(), term.weight), replace(
-                term, weight=1.0
-            )
+            result = guide(at, prediction.clone(), None if base is None else base.clone(), term.weight)
+            return Delta(result, replace(term, weight=1.0), reference)
 
-    def _sum(self, step: Step, predictions: Predictions, guided: Guided) -> Tensor:
-        if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.known.ruled:
-            return guided[0][0]  # the rule's own result, to the last bit
+    def _sum(self, step: Step, predictions: Predictions, guided: Sequence[Delta]) -> Tensor:
+        if len(guided) == 1 and guided[0].term.index in self.known.ruled:
+            result, term, reference = guided[0]
+            if term.mask is None and reference is None:
+                return result  # the rule's own, to the last bit
         base = None if step.base is None else predictions[step.base]
         if base is not None and not guided:
             return base
-        return combine(base, [prediction for prediction, _ in guided], [term for _, term in guided])
+        return combine(base, guided)
 
     def _through_hooks(
         self,
         step: Step,
         predictions: Predictions,
-        guided: Guided,
+        guided: Sequence[Delta],
         x: Tensor,
         sigma: Tensor,
         options: dict[str, Any],
@@ -300,7 +330,7 @@ class Run:
 
         def effective() -> tuple[Tensor, float]:
             assert base is not None  # `step` sees to it where hooks are
-            return effective_cond(base, [p for p, _ in guided], [term for _, term in guided], weight)
+            return effective_cond(base, guided, weight)
 
         return hooks.guided_sum(
             at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], base
@@ -309,6 +339,7 @@ class Run:
     def _key_for_hooks(self, step: Step) -> str:
         """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
         on_base = [term for term in step.acting if term.index in self.known.on_base]
+        on_base = [term for term in on_base if not term.relative] or on_base
         on_base = [term for term in on_base if self.keys[term.index] != step.base] or on_base
         if not on_base:
             return BASE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...gcfg.combine import base_index, pair
@@ -37,6 +37,7 @@ class Known:
 
     Attributes:
         keys: the key of each term's prediction.
+        references: the key of the prediction that a relative term is measured from, by the term's place.
         on_base: terms that the sampler's model predicts, in the sampler's way.
         ruled: terms on whose delta something of their own model acts.
         wrapped: terms around whose prediction stand wrappers of their own model, which may change their weight.
@@ -45,6 +46,7 @@ class Known:
     """
 
     keys: Sequence[str]
+    references: Mapping[int, str]
     on_base: frozenset[int]
     ruled: frozenset[int]
     wrapped: frozenset[int]
@@ -64,13 +66,14 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms |
     """
     places = [term.index for term in acting]
     keys = dict.fromkeys(known.keys[place] for place in places)
+    keys.update(dict.fromkeys(known.references[term.index] for term in acting if term.relative))
     two = None if known.wrapped.intersection(places) else two or pair(acting)
     if two is not None and (two[1].index not in known.ruled or known.alike(two[0].index, two[1].index)):
         # Stock guidance with a negative prompt. Hooks of a model that predicts neither look at the unconditional.
         beside = (BASE,) if hooked and known.on_base.isdisjoint(places) else ()
         return Step(acting, known.keys[two[1].index], two[:1], (*keys, *beside), hooked)
     if len(acting) == 1:
-        stock = places[0] in known.on_base and places[0] not in known.ruled
+        stock = places[0] in known.on_base and places[0] not in known.ruled and not acting[0].relative
         own = places[0] in known.eager or (hooked and not stock)
     else:
         own = hooked or bool(known.ruled.intersection(places))
