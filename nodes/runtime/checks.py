@@ -12,7 +12,7 @@ import comfy.samplers
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
-from . import placing
+from . import placing, wrapping
 from .clones import called, identical
 from .failures import width_error
 from .keys import measured_from, predicted_from
@@ -31,6 +31,7 @@ def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> N
             kind of noise schedule.
     """
     _check_conditioning(f"{node}: unconditional", unconditional, base)
+    _check_no_terms(f"{node}: model", base)
     for scheduled in plan.terms:
         term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
         if term.model is None and term.conditioning is None and not term.relative:
@@ -39,6 +40,8 @@ def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> N
                 f"term predicts the unconditional itself and changes nothing; connect one."
             )
         model, conditioning = predicted_from(base, unconditional, term)
+        _check_no_terms(f"{name}: model", model)
+        _check_no_terms(f"{name}: relative_model", term.relative_model)
         _check_latent_format(name, model, base)
         _check_schedule(name, model, base)
         _check_conditioning(f"{name}: conditioning", conditioning, model)
@@ -198,6 +201,14 @@ def warn_caches(lanes: Sequence[Any]) -> None:
                 what,
                 name,
             )
+
+
+def _check_no_terms(name: str, model: Any) -> None:
+    if wrapping.carries_terms(model):
+        raise GuidanceError(
+            f"{name} comes from a GCFG Model node, whose terms would count twice or not at all, expected a model "
+            f"without; connect the model in front of that node, and its terms to the GCFG sampler."
+        )
 
 
 def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any], base: Any) -> None:

@@ -1,0 +1,239 @@
+"""GCFG Model in ComfyUI's own samplers: the very run of a GCFG KSampler on the same sum, and nothing left behind."""
+
+import importlib
+
+import pytest
+import torch
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.nodes.guidance import GCFGGuidanceTerm
+
+
+def node():
+    from comfyui_gcfg.nodes.model import GCFGModel
+
+    return GCFGModel()
+
+
+@pytest.fixture
+def versions(comfy):
+    from comfyui_gcfg.nodes.runtime import versions
+
+    return versions
+
+
+@pytest.fixture(autouse=True)
+def new_enough(request, versions):
+    if not versions.HAS_HOOKS and request.node.name != "test_the_oldest_comfyui_refuses":
+        pytest.skip("this ComfyUI has no wrappers around a run")
+
+
+def with_terms(model, *terms):
+    return node().make(model, term_1=terms)[0]
+
+
+@pytest.fixture
+def cases(prior, concept, prompt):
+    """Terms by what they try; each is added to positive, negative and cfg."""
+    mask = torch.zeros(1, 64, 64)
+    mask[..., 20:] = 1.0
+    style = prior.clone()
+    style.add_patches({"diffusion_model.input_blocks.0.0.bias": (torch.ones(64),)}, 0.5)
+    return {
+        "another model": [GuidanceTerm(1.5, model=concept, conditioning=prompt(3))],
+        "the sampler's own model": [GuidanceTerm(-2.0, conditioning=prompt(3))],
+        "a LoRA's clone": [GuidanceTerm(2.0, model=style, conditioning=prompt(1))],
+        "masked, for a while": [GuidanceTerm(2.0, 0.2, 0.8, model=concept, conditioning=prompt(3), mask=mask)],
+        "relative": [GuidanceTerm(3.0, model=concept, conditioning=prompt(1), relative_conditioning=prompt(2))],
+        "two": [GuidanceTerm(1.5, model=concept), GuidanceTerm(2.0, conditioning=prompt(3))],
+    }
+
+
+NAMES = ["another model", "the sampler's own model", "a LoRA's clone", "masked, for a while", "relative", "two"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cfg", [7.5, 1.0])
+def test_ksampler_samples_the_sum(gcfg, stock, prior, prompt, latent, cases, name, cfg):
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(cfg, conditioning=prompt(1)), *cases[name]], latent)
+    before = stock(prior, prompt(1), prompt(2), latent, cfg=cfg)
+    assert torch.equal(stock(with_terms(prior, *cases[name]), prompt(1), prompt(2), latent, cfg=cfg), expected)
+    assert torch.equal(stock(prior, prompt(1), prompt(2), latent, cfg=cfg), before), "the model itself is as it was"
+    assert not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde", "uni_pc", "heun"])
+def test_every_solver(gcfg, stock, prior, prompt, latent, cases, sampler):
+    expected = gcfg(
+        prior, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["two"]], latent, sampler=sampler
+    )
+    got = stock(with_terms(prior, *cases["two"]), prompt(1), prompt(2), latent, cfg=5.0, sampler=sampler)
+    assert torch.equal(got, expected)
+
+
+def test_image_to_image_under_a_mask(gcfg, stock, prior, prompt, cases):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1.0
+    masked = {"samples": image, "noise_mask": mask}
+    terms = [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["another model"]]
+    expected = gcfg(prior, prompt(2), terms, masked, denoise=0.6)
+    got = stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), masked, cfg=5.0, denoise=0.6)
+    assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def custom(comfy):
+    """SamplerCustomAdvanced's run of any guider."""
+
+    def run(guider):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "karras", 4)
+        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+
+    return run
+
+
+def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(comfy, custom, prior, prompt, cases):
+    """As with Flux, whose guidance is distilled: a relative term is its negative prompt."""
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    basic = importlib.import_module("comfy_extras.nodes_custom_sampler").Guider_Basic(
+        with_terms(prior, *cases["relative"])
+    )
+    basic.set_conds(prompt(1))
+    assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
+
+
+def test_terms_of_two_nodes_are_summed(gcfg, stock, prior, prompt, latent, cases):
+    first, second = cases["two"]
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), first, second], latent)
+    twice = with_terms(with_terms(prior, first), second)
+    assert torch.equal(stock(twice, prompt(1), prompt(2), latent, cfg=5.0), expected)
+
+
+def test_nodes_behind_and_in_front_act_as_on_the_ksampler(gcfg, stock, prior, prompt, latent, cases):
+    """A guidance hook on the model acts on the whole sum, wherever its node stands."""
+
+    def halved(args):
+        return args["denoised"] * 0.5
+
+    def put(model):
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(halved)
+        return clone
+
+    terms = cases["another model"]
+    expected = gcfg(put(prior), prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), *terms], latent)
+    for model in (put(with_terms(prior, *terms)), with_terms(put(prior), *terms)):
+        assert torch.equal(stock(model, prompt(1), prompt(2), latent, cfg=5.0), expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_wrappers_of_other_packs_act_once(stock, prior, prompt, latent, cases, first):
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def around(kind):
+        def wrapper(executor, *args, **kwargs):
+            seen.append(kind)
+            return executor(*args, **kwargs)
+
+        return wrapper
+
+    def put(model):
+        clone = model.clone()
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE):
+            clone.add_wrapper_with_key(kind, "other", around(kind))
+        return clone
+
+    terms = cases["another model"]
+    model = with_terms(put(prior), *terms) if first else put(with_terms(prior, *terms))
+    stock(model, prompt(1), prompt(2), latent)
+    assert seen == [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE]
+
+
+def test_an_interrupt_leaves_all_models_clean(comfy, stock, prior, concept, prompt, latent, cases):
+    before = [stock(model, prompt(1), prompt(2), latent) for model in (prior, concept)]
+
+    def stop(step, denoised, x, total):
+        raise comfy.model_management.InterruptProcessingException
+
+    model = with_terms(prior, *cases["two"])
+    sampler = comfy.samplers.KSampler(model, 4, model.load_device, "euler", "normal", 1.0, model.model_options)
+    noise = torch.randn(1, 4, 8, 8)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sampler.sample(noise, prompt(1), prompt(2), cfg=5.0, latent_image=latent["samples"], callback=stop)
+    after = [stock(model, prompt(1), prompt(2), latent) for model in (prior, concept)]
+    assert all(map(torch.equal, before, after))
+    assert prior.model.current_patcher is None or prior.model.current_patcher.model is prior.model
+
+
+def test_all_models_are_loaded_with_one_request(monkeypatch, comfy, stock, prior, concept, prompt, latent, cases):
+    requests, load = [], comfy.model_management.load_models_gpu
+
+    def counted(models, *args, **kwargs):
+        requests.append({id(model.model) for model in models})
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", counted)
+    stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), latent)
+    assert requests[-1] == {id(prior.model), id(concept.model)}
+    assert [both for both in requests if id(concept.model) in both] == [requests[-1]]
+
+
+def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
+    reader = {"inputs": {"report": ["7", 1]}}
+    model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
+    stock(model, prompt(1), prompt(2), latent, steps=3)
+    assert report.labels == ("positive", "2", "3")
+    assert [reading.step for reading in report.readings] == [1, 2, 3]
+
+
+class TestBadInput:
+    def test_no_term(self, prior):
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: no guidance term is connected, expected at least one"):
+            node().make(prior)
+
+    def test_terms_would_count_twice(self, gcfg, prior, prompt, latent, cases):
+        model = with_terms(prior, *cases["two"])
+        with pytest.raises(
+            GuidanceError, match=r"GCFG (KSampler|Guider): model comes from a GCFG Model node, whose terms would"
+        ):
+            gcfg(model, prompt(2), cases["two"], latent)
+
+    @pytest.mark.parametrize("place", ["model", "relative_model"])
+    def test_on_the_model_of_a_term(self, stock, prior, prompt, latent, cases, place):
+        model = with_terms(prior, *cases["two"])
+        ((term,),) = GCFGGuidanceTerm().make(2.0, 0.0, 1.0, conditioning=prompt(3), label="x", **{place: model})
+        with pytest.raises(GuidanceError, match=rf"^Guidance Term 'x': {place} comes from a GCFG Model node"):
+            stock(with_terms(prior, term), prompt(1), prompt(2), latent)
+
+    def test_a_guider_with_a_sum_of_its_own(self, custom, prior, prompt, cases):
+        dual = importlib.import_module("comfy_extras.nodes_custom_sampler").Guider_DualCFG(
+            with_terms(prior, *cases["two"])
+        )
+        dual.set_conds(prompt(1), prompt(2), prompt(3))
+        dual.set_cfg(5.0, 2.0)
+        with pytest.raises(
+            GuidanceError, match=r"^GCFG Model: the sampler's guider is Guider_DualCFG, which makes a sum"
+        ):
+            custom(dual)
+
+    def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
+        wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
+        with pytest.raises(GuidanceError, match=r"^Guidance Term 'xl': latent format is SDXL"):
+            stock(with_terms(prior, wrong), prompt(1), prompt(2), latent)
+
+    def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
+        monkeypatch.setattr(versions, "HAS_HOOKS", False)
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: this ComfyUI is too old, expected one from 0\.3\.8 on"):
+            with_terms(prior, *cases["two"])
+
+
+def test_the_oldest_comfyui_refuses(versions, prior, prompt):
+    if versions.HAS_HOOKS:
+        pytest.skip("this ComfyUI has wrappers")
+    with pytest.raises(GuidanceError, match=r"^GCFG Model: this ComfyUI is too old"):
+        with_terms(prior, GuidanceTerm(1.0, conditioning=prompt(1)))
