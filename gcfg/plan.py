@@ -29,6 +29,7 @@ class ActiveTerm:
         mask: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
         label: its name, for errors and reports.
         relative: whether its delta is measured from a prediction of its own, and not from the base.
+        related: whether its delta depends on those of other terms, so that it has to be measured from the base itself.
     """
 
     index: int
@@ -36,6 +37,7 @@ class ActiveTerm:
     mask: Tensor | None
     label: str
     relative: bool = False
+    related: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,9 +185,10 @@ class GuidancePlan:
     def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""
         weights = [scheduled.weight_at(sigma) for scheduled in self.terms]
+        weighted = zip(weights, self.terms, (scheduled.term for scheduled in self.terms), strict=True)
         return tuple(
-            ActiveTerm(index, weight, scheduled.factor, scheduled.label, scheduled.term.relative)
-            for index, (weight, scheduled) in enumerate(zip(weights, self.terms, strict=True))
+            ActiveTerm(index, weight, scheduled.factor, scheduled.label, term.relative, bool(term.relations))
+            for index, (weight, scheduled, term) in enumerate(weighted)
             if weight != 0.0
         )
 
@@ -232,7 +235,8 @@ def total_weight(terms: Sequence[ActiveTerm]) -> float:
 def needs_base(terms: Sequence[ActiveTerm]) -> bool:
     """Whether the unconditional prediction has a coefficient, 1 - sum_i w_i m_i, that is not 0 everywhere.
 
-    The sum is over the terms that are measured from it.
+    The sum is over the terms that are measured from it. A delta that depends on those of other terms is no multiple of
+    its own, so there it counts always.
     """
-    masked = any(term.mask is not None and not term.relative for term in terms)
-    return masked or abs(total_weight(terms) - 1.0) > WEIGHT_TOLERANCE
+    bound = any(term.related or (term.mask is not None and not term.relative) for term in terms)
+    return bound or abs(total_weight(terms) - 1.0) > WEIGHT_TOLERANCE

@@ -180,7 +180,13 @@ def lasting_pair(base_terms: Sequence[int], terms: Sequence[GuidanceTerm]) -> tu
     acting = [place for place, term in enumerate(terms) if term.pulls]
     if len(acting) != 2 or not set(acting) <= set(base_terms) or not all(_lasts(terms[place]) for place in acting):
         return None
-    two = pair([ActiveTerm(place, terms[place].weight, None, "", terms[place].relative) for place in acting])
+    two = pair(
+        [
+            ActiveTerm(place, term.weight, None, "", term.relative, bool(term.relations))
+            for place, term in enumerate(terms)
+            if place in acting
+        ]
+    )
     return None if two is None else (two[0].index, two[1].index)
 
 

@@ -67,10 +67,13 @@ class Readings:
         """
         keys = self._known.keys
         base = None if step.base is None else predictions[step.base]
-        results = {one.term.index: one.prediction for one in guided if one.term.index in self._known.ruled}
+        added = {one.term.index: one for one in guided}
+        results = {place: one.prediction for place, one in added.items() if place in self._known.ruled}
 
         def shown(one: Delta) -> Delta:
-            """What a rule made of a term, as a prediction whose w (D - R) is its pull."""
+            """What rules and relations made of a term, as a prediction whose w (D - R) is its pull."""
+            if one.term.related:
+                return added[one.term.index]
             measured_from = base if one.reference is None else one.reference
             result = results.get(one.term.index)
             if result is None or measured_from is None or not one.term.weight:

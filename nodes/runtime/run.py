@@ -9,10 +9,11 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import Delta, combine, effective_cond, pair
+from ...gcfg.combine import Delta, combine, difference, effective_cond, pair
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
+from ...gcfg.relations import Relation, related
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Around, Lane, Predictions, covers, predict
@@ -34,6 +35,7 @@ class Run:
         lanes: the models, the sampler's own first.
         steps: the run's steps.
         outside: ComfyUI's sampling functions as they stand outside of all models' wrappers.
+        looked_at: the places of the terms that relations look at, by label.
         ranged: keys of conditionings that are limited to a part of the sampling.
         recorder: takes readings, where anybody looks.
         cache: deltas that are carried on, where a term allows it.
@@ -49,6 +51,7 @@ class Run:
     lanes: list[Lane]
     steps: Steps
     outside: placing.Functions
+    looked_at: Mapping[str, int]
     ranged: set[str]
     recorder: Recorder | None = None
 
@@ -157,6 +160,8 @@ class Run:
             for one in acting
             if one.term.index in around
         ]
+        if any(one.term.related for one in guided):
+            guided = self._related(step, predictions, guided, float(sigma[0]))
         if step.hooked:
             denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
         else:
@@ -231,7 +236,7 @@ class Run:
         if len(step.around) != 1:
             return False
         (term,) = step.around
-        plain = term.mask is None and not term.relative
+        plain = term.mask is None and not term.relative and not term.related
         return plain and term.index in self.known.on_base and term.index not in self.known.ruled
 
     def _is_stock(self, step: Step) -> bool:
@@ -295,6 +300,27 @@ class Run:
                 guide = placing.guided_by_sampling_function
             result = guide(at, prediction.clone(), None if base is None else base.clone(), term.weight)
             return Delta(result, replace(term, weight=1.0), reference)
+
+    def _related(self, step: Step, predictions: Predictions, guided: Sequence[Delta], sigma: float) -> list[Delta]:
+        """The deltas after the relations of their terms to others."""
+        assert step.base is not None  # `needs_base` sees to it
+        base = predictions[step.base]
+        weighted = {one.term.index: difference(one, base).mul_(one.term.weight) for one in guided}
+
+        def other(place: int, relation: Relation) -> Tensor | None:
+            if relation.against:
+                return weighted.get(self.looked_at[relation.against])
+            rest = [delta for index, delta in weighted.items() if index != place]
+            return sum(rest[1:], rest[0]) if rest else None
+
+        def changed(one: Delta) -> Delta:
+            place = one.term.index
+            relations = self.plan.terms[place].term.relations
+            found = related(relations, weighted[place], [other(place, relation) for relation in relations], sigma)
+            measured_from = base if one.reference is None else one.reference
+            return Delta(measured_from + found, replace(one.term, weight=1.0, mask=None), one.reference)
+
+        return [changed(one) if one.term.related else one for one in guided]
 
     def _sum(self, step: Step, predictions: Predictions, guided: Sequence[Delta]) -> Tensor:
         if len(guided) == 1 and guided[0].term.index in self.known.ruled:

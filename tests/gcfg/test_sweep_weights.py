@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.gcfg.sweep_weights import MAX_CELLS, SweptTerm, cell_terms, find_term, parse_weights
+from comfyui_gcfg.gcfg.sweep_weights import MAX_CELLS, SweptTerm, cell_terms, find_swept, parse_weights
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,21 +100,21 @@ def terms(*labels):
 
 def test_a_term_is_found_by_label_or_place():
     named = terms("prior", "", "concept")
-    assert find_term(named, "concept", "x") == 2
-    assert find_term(named, " prior ", "x") == 0
-    assert find_term(named, "2", "x") == 1
+    assert find_swept(named, "concept", "x") == 2
+    assert find_swept(named, " prior ", "x") == 0
+    assert find_swept(named, "2", "x") == 1
 
 
 def test_a_label_that_no_term_has():
     for wrong in ("style", "", "1", "Concept"):
-        assert refused(find_term, terms("prior", "", "concept"), wrong, "Weight Sweep: label_2") == (
+        assert refused(find_swept, terms("prior", "", "concept"), wrong, "Weight Sweep: label_2") == (
             f"Weight Sweep: label_2 is '{wrong}', and no connected term has that label, expected exactly one of "
             f"'prior', '2', 'concept'; correct it."
         )
 
 
 def test_a_label_of_two_terms():
-    assert refused(find_term, terms("a", "a", "b"), "a", "Weight Sweep: label_1") == (
+    assert refused(find_swept, terms("a", "a", "b"), "a", "Weight Sweep: label_1") == (
         "Weight Sweep: label_1 is 'a', and 2 connected terms have that label, expected exactly one of 'a', 'a', 'b'; "
         "give each Guidance Term its own label."
     )
@@ -122,12 +122,12 @@ def test_a_label_of_two_terms():
 
 def test_a_term_on_points_has_no_weight_to_replace():
     points = GuidanceTerm(1.0, label="a", curve=WeightCurve("points", points=((0.0, 1.0),)))
-    assert refused(find_term, [points], "a", "Weight Sweep: label_1") == (
+    assert refused(find_swept, [points], "a", "Weight Sweep: label_1") == (
         "Weight Sweep: label_1 is 'a', whose weight follows a list of points, expected a constant, linear or cosine "
         "curve whose weight can be replaced; choose another curve there."
     )
     linear = GuidanceTerm(1.0, label="a", curve=WeightCurve("linear", 2.0))
-    assert find_term([linear], "a", "Weight Sweep: label_1") == 0
+    assert find_swept([linear], "a", "Weight Sweep: label_1") == 0
 
 
 def test_cells_go_along_the_rows_of_the_first_term():

@@ -186,6 +186,68 @@ def test_dual_model_guider_is_a_term_relative_to_the_other_model(custom, prior, 
     assert distance(custom(ours(prior, prompt(3), own, relative)), custom(stock)) < REORDERED
 
 
+def related(term, *relation):
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    (((made,)),) = GCFGGuidanceRelation().make((term,), *relation)
+    return made
+
+
+@pytest.mark.parametrize("against", ["text", ""])
+def test_perp_neg_is_a_negative_term_perpendicular_to_the_positive_one(custom, prior, prompt, against):
+    guider = getattr(extra("nodes_perpneg"), "Guider_PerpNeg", None)
+    if guider is None:
+        pytest.skip("this ComfyUI has no Perp-Neg Guider")
+    stock = guider(prior)
+    stock.set_conds(prompt(1), prompt(2), prompt(3))
+    stock.set_cfg(5.0, 0.8)
+    positive = GuidanceTerm(5.0, conditioning=prompt(1), label="text")
+    negative = GuidanceTerm(-5.0 * 0.8, conditioning=prompt(2), label="not")
+    expected = custom(stock)
+    got = custom(ours(prior, prompt(3), positive, related(negative, "perpendicular", against, 1.0)))
+    assert distance(got, expected) < 10 * REORDERED
+    assert distance(custom(ours(prior, prompt(3), positive, negative)), expected) > 1e-2
+
+
+def test_relations_of_several_terms_are_what_the_loop_says(at_one_level, term):
+    """Masked, relative, on other models; each looks at the others as they were evaluated."""
+    mask = torch.zeros(1, 64, 64)
+    mask[..., 32:] = 1.0
+    a = term(4.0, None, 1, label="a")
+    b = related(term(-3.0, "lora", 2, label="b", mask=mask), "perpendicular", "a", 1.0)
+    c = related(term(9.0, "other", 1, None, 3, label="c"), "limit", "", 0.5)
+    got, x = at_one_level([a, b, c])
+    zero = by_hand(term.prompts, [], x)
+
+    def weighted(*meant):
+        return by_hand(term.prompts, [meant], x) - zero
+
+    g_a, g_c = weighted(4.0, ("prior", 1), None), weighted(9.0, ("other", 1), ("other", 3))
+    g_b = weighted(-3.0, ("lora", 2), None) * torch.nn.functional.interpolate(mask[None], size=(8, 8))[0].double()
+    expected = zero + g_a
+    for k in range(len(x)):
+        along = (g_b[k] * g_a[k]).sum() / g_a[k].square().sum()
+        rest = g_a[k] + g_b[k]
+        expected[k] += g_b[k] - along * g_a[k] + g_c[k] * min(1.0, 0.5 * rest.norm() / g_c[k].norm())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+
+
+def test_a_relation_rests_where_the_other_does_not_act(gcfg, prior, concept, prompt, latent):
+    early = GuidanceTerm(3.0, 0.0, 0.0, conditioning=prompt(1), label="early")
+    late = GuidanceTerm(-2.0, model=concept, conditioning=prompt(2))
+    got = gcfg(prior, prompt(0), [early, related(late, "limit", "early", 0.0)], latent)
+    assert distance(got, gcfg(prior, prompt(0), [early, late], latent)) < REORDERED
+
+
+def test_a_pair_with_a_relation_is_no_pair(gcfg, prior, prompt, latent, count_forwards):
+    """The unconditional is what both are measured from, so it is evaluated."""
+    calls = count_forwards(prior)
+    positive = GuidanceTerm(5.0, conditioning=prompt(1), label="text")
+    negative = GuidanceTerm(-4.0, conditioning=prompt(2))
+    gcfg(prior, prompt(0), [positive, related(negative, "perpendicular", "text", 1.0)], latent, steps=1)
+    assert sum(batch for _, batch in calls) == 3
+
+
 def test_perp_neg_is_made_of_terms_around_the_empty_prompt(custom, prior, prompt):
     """Its parts: the positive and the negative are both measured from the empty prompt, whatever the sampler's is."""
     guider = getattr(extra("nodes_perpneg"), "Guider_PerpNeg", None)
@@ -326,6 +388,17 @@ class TestBadInput:
         with pytest.raises(
             GuidanceError, match=r"^Guidance Term '1': relative_conditioning is 2048 wide, expected 768"
         ):
+            ours(models["prior"], term.prompts[0], wrong)
+
+    def test_a_relation_to_no_term(self, models, term):
+        wrong = related(term(2.0, "lora", 1, label="b"), "limit", "c", 1.0)
+        message = r"^Guidance Relation: against is 'c', and no connected term has that label, expected exactly one of 'a'"
+        with pytest.raises(GuidanceError, match=message):
+            ours(models["prior"], term.prompts[0], term(1.0, None, 1, label="a"), wrong)
+
+    def test_a_relation_to_itself(self, models, term):
+        wrong = related(term(2.0, "lora", 1, label="b"), "limit", "b", 1.0)
+        with pytest.raises(GuidanceError, match=r"^Guidance Relation: against is 'b', the label of the term that has"):
             ours(models["prior"], term.prompts[0], wrong)
 
     @pytest.mark.parametrize(("name", "value"), [("relative_model", "a text"), ("relative_conditioning", 3)])
