@@ -392,7 +392,9 @@ class TestBadInput:
 
     def test_a_relation_to_no_term(self, models, term):
         wrong = related(term(2.0, "lora", 1, label="b"), "limit", "c", 1.0)
-        message = r"^Guidance Relation: against is 'c', and no connected term has that label, expected exactly one of 'a'"
+        message = (
+            r"^Guidance Relation: against is 'c', and no connected term has that label, expected exactly one of 'a'"
+        )
         with pytest.raises(GuidanceError, match=message):
             ours(models["prior"], term.prompts[0], term(1.0, None, 1, label="a"), wrong)
 
