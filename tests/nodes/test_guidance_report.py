@@ -407,6 +407,20 @@ def test_plot_names_any_label(make, label):
     assert not torch.equal(*plots)
 
 
+def test_the_plots_legend_tells_what_a_term_is_measured_from(make, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, legend = [], Axes.legend
+    monkeypatch.setattr(
+        Axes, "legend", lambda self, **how: drawn.append(self.get_legend_handles_labels()[1]) or legend(self, **how)
+    )
+    report = made_up([1.0] * 4, [0.5] * 4)
+    make(report)  # as a report is that knows of none
+    report.relative = ("", "relative_model")
+    make(report)
+    assert drawn == [["a", "b", "sum"], ["a · b"], ["a", "b, measured from relative_model", "sum"], ["a · b"]]
+
+
 def test_without_matplotlib(make, monkeypatch):
     import sys
 
