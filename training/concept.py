@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,33 +22,12 @@ from ..gcfg.null_text import (
 )
 from ..gcfg.safetensors_file import LazyStateDict, read_header
 from ..gcfg.unet_keys import diffusers_to_ldm
+from .prior.text_encoder import Conditions
 
 PIXELS = 8  # of an image per value of its latent, along each side
 MODES = ("uniform_mean", "attention_mean", "zero")
 
 Noised = tuple[Tensor, Tensor]  # x (B, C, H, W) and its timesteps (B,)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a UNet reads beside x and t.
-
-    Attributes:
-        context: text embedding, (1, T, D).
-        pooled: SDXL's pooled text, (1, P), or None for other families.
-    """
-
-    context: Tensor
-    pooled: Tensor | None = None
-
-    @classmethod
-    def without_text(cls, context_dim: int, pooled: Tensor | None = None) -> Conditions:
-        """Return the conditions of a null-text UNet, whose one token is asked for but never read."""
-        return cls(torch.zeros(1, 1, context_dim), pooled)
-
-    def to(self, device: torch.device) -> Conditions:
-        """Return the conditions on a device."""
-        return Conditions(self.context.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, conditions: Conditions, geometry: Tensor | None = None) -> Tensor:

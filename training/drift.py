@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..gcfg.null_text import null_text_blocks
-from .concept import Conditions, Noised, predict
+from .concept import Noised, predict
 from .objective import TIMESTEPS
+from .prior.text_encoder import Conditions
 
 BINS = 10
 

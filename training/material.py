@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..gcfg.errors import GuidanceError
-from .concept import Conditions, Noised
+from .concept import Noised
 from .config import Config
 from .data.shards import Latents, Recipe, vae_fingerprint
 from .objective import Objective
 from .prior.model import Prior, open_prior
+from .prior.text_encoder import Conditions
+from .prior.vae import Autoencoder
 from .stream import CachedLatents, SampleStream
-
-if TYPE_CHECKING:
-    from .prior.vae import Autoencoder
 
 PROBE_BATCH = 4
 
@@ -101,8 +99,7 @@ def probes(material: Material, samples: int, device: torch.device) -> Iterator[N
 
 
 def _conditions(prior: Prior, prompt: str, config: Config) -> Conditions:
-    text = prior.encode_prompt(prompt, _path(config.model.text_encoder), _path(config.model.tokenizer))
-    return Conditions(text.tokens, text.pooled)
+    return prior.encode_prompt(prompt, _path(config.model.text_encoder), _path(config.model.tokenizer))
 
 
 def _path(setting: str) -> Path | None:

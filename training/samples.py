@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -11,16 +10,15 @@ from torch import Tensor, nn
 
 from ..gcfg.combine import combine
 from ..gcfg.plan import ActiveTerm, needs_base
-from .concept import Conditions, predict
+from .concept import predict
 from .config import Config
 from .files import whole_file
 from .learner import Learner
 from .material import Material, read_vae
 from .picture_grid import labelled_grid
+from .prior.text_encoder import Conditions
+from .prior.vae import Autoencoder
 from .sampling import Denoise, sample, starting_noise
-
-if TYPE_CHECKING:
-    from .prior.vae import Autoencoder
 
 
 def write_samples(config: Config, material: Material, learner: Learner, step: int) -> Image.Image:

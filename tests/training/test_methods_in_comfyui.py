@@ -13,9 +13,9 @@ from comfyui_gcfg.training.config import ModelConfig
 from comfyui_gcfg.training.export import export_embedding, export_lora, export_unet
 from comfyui_gcfg.training.methods.adapters import PROJECTIONS, lora_file
 from comfyui_gcfg.training.methods.network import ordinary_unet, prompted
-from comfyui_gcfg.training.prior.learned_token import read_embedding
+from comfyui_gcfg.training.prior.learned_token import add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
-from comfyui_gcfg.training.prior.text_encoder import encode_prompt
+from comfyui_gcfg.training.prior.text_encoder import encode_ids, load_text_models, token_ids
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -113,7 +113,9 @@ def test_an_embedding_in_a_prompt(networks, comfyui):
     folder, _ = networks
     tokenizer = Path((folder / "tokenizer.txt").read_text())
     word = read_embedding(folder / "digit.safetensors", "<digit>", "x")
-    text = encode_prompt(folder / "clip.safetensors", "sd1", PROMPT.format("<digit>"), "x", tokenizer, word)
-    torch.testing.assert_close(text.tokens, comfyui["text"], rtol=1e-3, atol=1e-4)
-    plain = encode_prompt(folder / "clip.safetensors", "sd1", PROMPT.format("it"), "x", tokenizer)
-    assert (text.tokens - plain.tokens).abs().max() > 0.1
+    models = load_text_models(folder / "clip.safetensors", "sd1", "x")
+    plain = encode_ids(models, "sd1", token_ids(PROMPT.format("it"), tokenizer))
+    add_word(models[0], word, "x")
+    text = encode_ids(models, "sd1", token_ids(PROMPT.format("<digit>"), tokenizer, word.text))
+    torch.testing.assert_close(text.context, comfyui["text"], rtol=1e-3, atol=1e-4)
+    assert (text.context - plain.context).abs().max() > 0.1

@@ -126,11 +126,19 @@ def refuse_mismatch(expected: Shapes, found: Shapes, source: str) -> None:
     differing = [key for key in dict.fromkeys((*expected, *found)) if expected.get(key) != found.get(key)]
     if differing:
         key = differing[0]
-        raise GuidanceError(
-            f"{source} has a structure that diffusers' UNet2DConditionModel cannot take ({key}: expected "
-            f"{expected.get(key, 'nothing')}, got {found.get(key, 'nothing')}, and {len(differing) - 1} more); "
-            "use a model of the SD1.x, SD2.x or SDXL layout."
+        raise cannot_be_built(
+            source,
+            f"{key}: expected {expected.get(key, 'nothing')}, got {found.get(key, 'nothing')}, and "
+            f"{len(differing) - 1} more",
         )
+
+
+def cannot_be_built(source: str, why: str) -> GuidanceError:
+    """Return the error of a UNet that is none of diffusers'."""
+    return GuidanceError(
+        f"{source} has a structure that diffusers' UNet2DConditionModel cannot take ({why}); "
+        "use a model of the SD1.x, SD2.x or SDXL layout."
+    )
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:
