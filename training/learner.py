@@ -47,7 +47,8 @@ class Learner:
     ) -> None:
         self.unet = unet.to(accelerator.device).train()
         self._objective, self._predict = objective, predict
-        self._config, self._accelerator = config, accelerator
+        self.accelerator = accelerator
+        self._config = config
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
@@ -61,12 +62,6 @@ class Learner:
         if config.compile:
             unet.compile()
         self._model = accelerator.prepare_model(unet)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet is."""
-        device: torch.device = self._accelerator.device
-        return device
 
     @property
     def trained_parameters(self) -> int:
@@ -152,23 +147,23 @@ class Learner:
             if not should_reduce_batch_size(error):
                 raise
             raise GuidanceError(
-                f"Out of memory with {images} images at once on {self.device}; set train.micro_batch_size to half of "
-                "that, or train.gradient_checkpointing to true, and run the same command again."
+                f"Out of memory with {images} images at once on {self.accelerator.device}; set train.micro_batch_size "
+                "to half of that, or train.gradient_checkpointing to true, and run the same command again."
             ) from error
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> float:
         """Add up the gradients of the whole batch, and return its loss."""
-        processes = self._accelerator.num_processes
+        processes = self.accelerator.num_processes
         images = processes * sum(len(batch.u) for batch in micro_batches)
-        total = torch.zeros((), device=self._accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             # Gradients travel between processes once per step, with the last micro batch.
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-                loss = self._summed_loss(batch.to(self._accelerator.device)) / images
-                self._accelerator.backward(loss * processes)  # DDP takes the mean over processes
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._model):
+                loss = self._summed_loss(batch.to(self.accelerator.device)) / images
+                self.accelerator.backward(loss * processes)  # DDP takes the mean over processes
             total += loss.detach()
-        return float(self._accelerator.reduce(total, "sum"))
+        return float(self.accelerator.reduce(total, "sum"))
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         t = self._objective.timesteps(batch.u)

@@ -25,6 +25,7 @@ class CachedLatents(Protocol):
 
     shape: tuple[int, int, int]
     flips: bool
+    fingerprint: str
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..gcfg.errors import GuidanceError
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .config import Config, ModelConfig
+from .config import ModelConfig
 from .export import DType, export_embedding, export_lora, export_unet, model_spec
 from .material import Material
 from .methods.adapters import lora_file
@@ -24,15 +24,15 @@ CHECKPOINTS = "checkpoints"
 Weights = Literal["ema", "raw"]
 
 
-def manifest(config: Config, material: Material) -> dict[str, Any]:
+def manifest(material: Material) -> dict[str, Any]:
     """Return what a checkpoint says of its run: enough to go on with it, and to export it."""
     prior = material.prior
     return {
         "format": 1,
-        "config": config.model_dump(mode="json"),
+        "config": material.config.model_dump(mode="json"),
         "prior": prior.fingerprint,
-        "data": material.fingerprint,
-        "images": material.images,
+        "data": material.latents.fingerprint,
+        "images": len(material.latents),
         "family": prior.family,
         "prediction": prior.prediction,
         "zero_terminal_snr": prior.zero_terminal_snr,

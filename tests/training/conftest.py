@@ -5,7 +5,7 @@ from accelerate.state import AcceleratorState
 from comfyui_gcfg.command.main import main
 from comfyui_gcfg.testkit import processes, tiny
 from comfyui_gcfg.training.config_file import load_config
-from comfyui_gcfg.training.encode_images import encode_images
+from comfyui_gcfg.training.material import encode_images
 
 
 @pytest.fixture(scope="session")
@@ -88,4 +88,4 @@ def _new_processes():
 @pytest.fixture(scope="session")
 def start():
     """Start the command in a process of its own."""
-    return processes.starter(main, ["comfyui_gcfg.training.run", "comfyui_gcfg.training.encode_images"])
+    return processes.starter(main, ["comfyui_gcfg.training.run", "comfyui_gcfg.training.material"])

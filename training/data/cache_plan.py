@@ -7,7 +7,7 @@ shards are named after what is in them, and one that is finished drops out of th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...gcfg.errors import GuidanceError
 from ..files import sha256_of
-from .images import find_images
+from .images import find_images, unlistable
 from .shards import Recipe, Record, Shard, find_shards, read_shard, shard_name
 
 
@@ -78,10 +78,7 @@ def list_images(folder: Path) -> dict[str, FileState]:
     try:
         states = {path.relative_to(folder).as_posix(): file_state(path) for path in find_images(folder)}
     except OSError as error:
-        raise GuidanceError(
-            f"data.images {str(folder)!r} cannot be listed: {error.strerror or error} ({error.filename}); "
-            "make all of its folders readable, or move that one away."
-        ) from error
+        raise unlistable(f"data.images {str(folder)!r}", error) from error
     if not states:
         raise GuidanceError(
             f"data.images {str(folder)!r} holds no image, expected .jpg, .jpeg, .png or .webp files; correct the path."
@@ -175,8 +172,3 @@ def _unchanged(images: Path, records: Iterable[Record], states: Mapping[str, Fil
         digests = pool.map(lambda record: content_digest(images / record.path), doubtful)
         holds.update(record for record, digest in zip(doubtful, digests, strict=True) if digest == record.sha256)
     return holds
-
-
-def shares(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
-    """Return one process's part of the jobs."""
-    return list(jobs[rank::world])
