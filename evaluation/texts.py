@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..gcfg.errors import GuidanceError
-from ..training.prior.learned_token import LearnedToken, add_word
+from ..training.methods.textual_inversion import LearnedToken, add_word
 from ..training.prior.model import Prior
 from ..training.prior.text_encoder import Conditions, encode_ids, load_text_models, token_ids
 

@@ -75,13 +75,21 @@ class Learner:
 
         Raises: GuidanceError: if memory runs out.
         """
-        with self._explaining_full_memory(len(micro_batches[0].u)):
+        try:
             loss = self._accumulate(micro_batches)
             limit = self._config.max_grad_norm or float("inf")
             grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
             skipped = not math.isfinite(loss) or not math.isfinite(grad_norm)
             if not skipped:
                 self._update(step)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise GuidanceError(
+                f"Out of memory with {len(micro_batches[0].u)} images at once on {self.accelerator.device}; set "
+                "train.micro_batch_size to half of that, or train.gradient_checkpointing to true, and run the same "
+                "command again."
+            ) from error
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, skipped)
 
@@ -138,18 +146,6 @@ class Learner:
         self._optimizer.step()
         if self._ema:
             self._ema.step(self.parameters)
-
-    @contextlib.contextmanager
-    def _explaining_full_memory(self, images: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise GuidanceError(
-                f"Out of memory with {images} images at once on {self.accelerator.device}; set train.micro_batch_size "
-                "to half of that, or train.gradient_checkpointing to true, and run the same command again."
-            ) from error
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> float:
         """Add up the gradients of the whole batch, and return its loss."""

@@ -105,13 +105,6 @@ class Monitor:
             self._board.close()
 
 
-class Silent:
-    """The monitor of every process but the main one."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
-
-
 def sample_grid(material: Material, learner: Learner) -> Image.Image:
     """Return GCFG of the concept around the frozen prior: one row for each weight, one column for each seed.
 

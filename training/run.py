@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 from ..gcfg.errors import GuidanceError
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .concept import null_text_features, predict, to_null_text
+from .concept import drift, drift_table, null_text_features, predict, to_null_text
 from .config import Config, changed_on_resume
-from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
 from .methods.network import prompted
-from .monitor import Monitor, Silent, Timing
+from .monitor import Monitor, Timing
 from .processes import alone_in, join_processes, noted_signals, only_cpu
 from .stream import shares
 from .trained import CHECKPOINTS, export_run, manifest
@@ -84,25 +82,27 @@ def train(config: Config) -> Outcome:
 def _loop(material: Material, learner: Learner, progress: Progress) -> tuple[int, int]:
     """Take the steps that are left; return the last one, and the signal that stopped the loop, or 0."""
     config, accelerator = material.config, learner.accelerator
-    monitor: Any = Monitor(config, progress.step) if accelerator.is_main_process else Silent()
+    monitor = Monitor(config, progress.step) if accelerator.is_main_process else None
     saved, signal = progress.step, 0
     try:
         with noted_signals() as noted:
             while progress.step < config.train.steps and not signal:
                 result, timing = take_step(material, learner, progress.step)
                 progress = progress.after(result)
-                monitor.step(progress.step, result, progress.skipped, timing)
+                if monitor:
+                    monitor.step(progress.step, result, progress.skipped, timing)
                 _check_sound(progress, result, config)
                 signal = _agreed(noted, accelerator)
                 if _due(progress.step, config.output.checkpoint_every):
                     _save(material, learner, progress)
                     saved = progress.step
-                if _due(progress.step, config.sample.every) and accelerator.is_main_process:
+                if monitor and _due(progress.step, config.sample.every):
                     monitor.samples(progress.step, material, learner)
             if saved != progress.step:
                 _save(material, learner, progress)
     finally:
-        monitor.close()
+        if monitor:
+            monitor.close()
     return progress.step, signal
 
 

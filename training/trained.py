@@ -12,11 +12,11 @@ from ..gcfg.errors import GuidanceError
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .config import ModelConfig
-from .export import DType, export_embedding, export_lora, export_unet, model_spec
+from .export import DType, export_part, export_unet, model_spec
 from .material import Material
 from .methods.adapters import lora_file
 from .methods.network import ordinary_unet
-from .methods.textual_inversion import TOKEN
+from .methods.textual_inversion import EMBEDDING_KEY, TOKEN
 from .prior.model import open_prior
 
 CHECKPOINTS = "checkpoints"
@@ -80,7 +80,7 @@ def export_run(
         **_recipe(about, model, weights),
     }
     if model.method == "textual_inversion":
-        export_embedding(trained[TOKEN], path, dtype, metadata)
+        export_part({EMBEDDING_KEY: trained[TOKEN]}, path, dtype, metadata, "textual-inversion")
         return path
     export_unet(
         _unet(about, model, trained),
@@ -92,7 +92,8 @@ def export_run(
         about["zero_terminal_snr"],
     )
     if model.method == "lora":
-        export_lora(lora_file(trained), path.with_name(f"{path.stem}-lora{path.suffix}"), dtype, metadata)
+        beside = path.with_name(f"{path.stem}-lora{path.suffix}")
+        export_part(lora_file(trained), beside, dtype, metadata, "lora")
     return path
 
 

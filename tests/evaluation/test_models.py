@@ -12,7 +12,7 @@ from comfyui_gcfg.evaluation.sampling import denoiser
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
 from comfyui_gcfg.training.export import export_unet
-from comfyui_gcfg.training.prior.learned_token import add_word, read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import Conditions, encode_ids, token_ids
 from comfyui_gcfg.training.sampling import starting_noise

@@ -14,7 +14,7 @@ from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.dry_run import dry_run
 from comfyui_gcfg.training.methods.adapters import add_oft
 from comfyui_gcfg.training.methods.network import prompted
-from comfyui_gcfg.training.prior.learned_token import LearnedToken, add_word, read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import LearnedToken, add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import encode_ids, token_ids
 from comfyui_gcfg.training.run import train

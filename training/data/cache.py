@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,16 @@ def build_cache(
         unit="image",
         disable=not (todo and state.is_main_process),
     )
-    with _explaining_dead_workers(), bar:
-        _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
+    try:
+        with bar:
+            _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise GuidanceError(
+            "A process that decodes images was killed, most likely because memory ran out; lower data.workers, "
+            "and run the same command again."
+        ) from error
     state.wait_for_everyone()
     seconds = time.monotonic() - planned
     good, broken, shards = from_main(lambda: _finish(cache, plan))
@@ -240,19 +247,6 @@ class _Encoder:
                 "lower the resolution, or encode on a device with more memory."
             )
         self._batch_size = failed // 2
-
-
-@contextmanager
-def _explaining_dead_workers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise GuidanceError(
-            "A process that decodes images was killed, most likely because memory ran out; lower data.workers, "
-            "and run the same command again."
-        ) from error
 
 
 def _one_line(path: str) -> str:

@@ -49,7 +49,7 @@ def decode(folder: Path, name: str, recipe: Recipe) -> Decoded:
         if isinstance(error, MemoryError):
             digest = ""  # so that it is tried again next time
         return Decoded(Record(name, *state, digest, why_unusable(error)))
-    return Decoded(Record(name, *state, digest), torch.from_numpy(pixels), geometry)
+    return Decoded(Record(name, *state, digest), torch.tensor(pixels), geometry)
 
 
 class _Images(Dataset[Decoded]):

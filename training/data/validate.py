@@ -117,7 +117,7 @@ def _validate_cache(folder: Path, resolution: int | None) -> Validation:
     for shard in shards[1:]:
         if difference := recipe_difference(shard.recipe, shards[0].recipe, shards[0].path.name):
             problems.append(f"{shard.path.name}: made {difference}")
-    times = Counter(record.path for shard in shards for record in shard.entries + shard.broken)
+    times = Counter(record.path for shard in shards for record in shard.records)
     problems += [f"{path}: in the cache {count} times" for path, count in sorted(times.items()) if count > 1]
     if resolution is not None and shards and shards[0].recipe.resolution != resolution:
         problems.append(f"made with data.resolution = {shards[0].recipe.resolution}, expected {resolution}")

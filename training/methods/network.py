@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from ..attention import share_prompts
 from ..config import ModelConfig
-from ..prior.learned_token import LearnedToken
 from ..prior.model import Prior
 from ..prior.text_encoder import padded_ids, token_ids
 from .adapters import add_lora, add_oft, merge_adapters
-from .textual_inversion import InvertedUNet, initial_vector
+from .textual_inversion import InvertedUNet, LearnedToken, initial_vector
 
 CROSS_ATTENTION = ("attn2.to_k.weight", "attn2.to_v.weight")  # what text becomes first; Kumari et al. 2022, section 3.1
 

@@ -23,9 +23,9 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Config, Family, Shapes
 from .components import TEXT_WEIGHTS, first_line, load_component, read_json
-from .learned_token import LEARNED_ID
 
 START, END = 49406, 49407
+LEARNED_ID = 49408  # of a new word (Textual Inversion): the first number after CLIP's vocabulary
 LENGTH = 77
 
 _CLIP_PREFIXES = {
