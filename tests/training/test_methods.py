@@ -37,18 +37,6 @@ ADAPTED = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
 NETWORKS = ["full", "cross_attention", "lora", "oft"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """CLIP's tokenizer without its merges: each letter is a word's part."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
-    ids = {token: number for number, token in enumerate(vocabulary)}
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.json").write_text(json.dumps({**ids, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
 def letters(text):
     """What that tokenizer makes of words of single letters."""
     return [26 + ord(letter) - ord("a") for letter in text.split()]

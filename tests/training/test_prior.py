@@ -447,40 +447,33 @@ def refused(tmp_path, weights):
     return message.removeprefix(f"model.checkpoint {str(path)!r} ")
 
 
-def test_an_inpainting_checkpoint(tmp_path):
-    assert refused(tmp_path, in_ldm_keys(build(in_channels=9))) == (
-        "is an inpainting UNet of 9 input channels, expected 4; use the base model it was made from."
-    )
-
-
-def test_an_inpainting_folder(tmp_path):
-    build(in_channels=9).save_pretrained(tmp_path / "unet")
-    assert "is an inpainting UNet of 9 input channels, expected 4" in refusal(open_prior, tmp_path)
-
-
-def test_sdxls_refiner(tmp_path):
-    more = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
-    message = refused(tmp_path, in_ldm_keys(build("sdxl", **more)))
-    assert message == "is SDXL's refiner, which cannot start from noise; use the SDXL base model."
+INPAINTING = "is an inpainting UNet of 9 input channels, expected 4; use the base model it was made from."
+REFINER = "is SDXL's refiner, which cannot start from noise; use the SDXL base model."
+IMAGES = "reads class labels or images (unCLIP), expected a text-to-image base model."
+VECTOR = (
+    "reads a vector of 1500 values beside the text, expected SDXL's pooled text and six sizes, more than 1536; use a "
+    "base model."
+)
 
 
 @pytest.mark.parametrize(
-    ("family", "context", "vector"), [("sd1", 128, 2000), ("sd2", 1024, 1536), ("sd2", 1024, 2048)]
+    ("family", "more", "said"),
+    [
+        ("sd1", {"in_channels": 9}, INPAINTING),
+        ("sdxl", {"cross_attention_dim": 1280, "vector": 2560}, REFINER),
+        ("sd1", {"class_embed_type": "projection", "vector": 2000}, IMAGES),
+        ("sd2", {"class_embed_type": "projection", "vector": 1536, "cross_attention_dim": 1024}, IMAGES),
+        ("sd2", {"class_embed_type": "projection", "vector": 2048, "cross_attention_dim": 1024}, IMAGES),
+        ("sdxl", {"vector": 1500}, VECTOR),
+    ],
+    ids=["inpainting", "refiner", "labels", "unCLIP L", "unCLIP H", "another vector"],
 )
-def test_a_unet_that_reads_images_or_labels(tmp_path, family, context, vector):
-    more = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": vector}
-    unet = build(family, **{"cross_attention_dim": context, **more})
-    said = "reads class labels or images (unCLIP), expected a text-to-image base model."
+def test_a_unet_that_is_no_base_model(tmp_path, family, more, said):
+    more = {{"vector": "projection_class_embeddings_input_dim"}.get(key, key): value for key, value in more.items()}
+    unet = build(family, **more)
     assert refused(tmp_path, in_ldm_keys(unet)) == said
     unet.save_pretrained(tmp_path / "f" / "unet")
-    assert refusal(open_prior, tmp_path / "f").endswith(said)
-
-
-def test_a_unet_with_another_vector_than_sdxls(tmp_path):
-    message = refused(tmp_path, in_ldm_keys(build("sdxl", projection_class_embeddings_input_dim=1500)))
-    assert message.startswith(
-        "reads a vector of 1500 values beside the text, expected SDXL's pooled text and six sizes"
-    )
+    assert refusal(open_prior, tmp_path / "f") == f"model.checkpoint {str(tmp_path / 'f')!r} {said}"
 
 
 def test_a_structure_that_diffusers_cannot_be(tmp_path):
