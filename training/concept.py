@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from ..gcfg.null_text import (
 )
 from ..gcfg.safetensors_file import LazyStateDict, read_header
 from ..gcfg.unet_keys import diffusers_to_ldm
+from .config import NullTextMode
 from .objective import TIMESTEPS
 from .prior.text_encoder import Conditions
 
 PIXELS = 8  # of an image per value of its latent, along each side
-MODES = ("uniform_mean", "attention_mean", "zero")
+MODES = get_args(NullTextMode)
 
 BINS = 10  # of timesteps, in which the drift is told
 
@@ -94,12 +95,9 @@ def null_text_features(
 
 
 def to_null_text(unet: nn.Module, constants: dict[str, Tensor], trainable: bool = False) -> None:
-    """Turn a UNet into the null-text network for good.
+    """Turn a UNet into the null-text network for good, of the constants F_null by block name, (C,).
 
-    Args:
-        unet: the prior's UNet; its attn2 and norm2 are let go.
-        constants: F_null by block name, (C,).
-        trainable: whether the constants are trained; the paper keeps them fixed.
+    Its attn2 and norm2 are let go; the paper keeps the constants fixed.
     """
     dtype = _place(unet).dtype
     replace_cross_attention(unet, {name: constant.to(dtype) for name, constant in constants.items()})
@@ -118,12 +116,6 @@ def drift(
 
     The outputs are compared as they are, whether they mean eps, v or flow: at small t a v output holds little of the
     noise, so the figures of models with different predictions are not comparable.
-
-    Args:
-        unet: the prior's UNet; it is as before afterwards.
-        constants: F_null by block name, (C,).
-        empty: conditions of the empty prompt.
-        noised: batches of x and t.
 
     Returns: the bins that a sample fell into, by timestep.
     """

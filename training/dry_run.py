@@ -21,7 +21,6 @@ from .learner import Learner
 from .material import Material, material_of, read_material, read_prior
 from .prior.vae import LATENT_CHANNELS
 from .run import new_accelerator, new_learner, take_step
-from .trained import CHECKPOINTS
 
 STEPS = 5
 
@@ -73,7 +72,7 @@ def dry_run(config: Config) -> Cost | None:
     material = read_material(config) if cached else _without_cache(config)
     learner = new_learner(material, accelerator, fresh=False)
     rate = images_per_second(material, learner)
-    done = checkpoints.newest(Path(config.output.folder) / CHECKPOINTS)
+    done = checkpoints.newest(Path(config.output.folder))
     left = max(0, config.train.steps - (done.step if done else 0))
     tensors, _ = learner.state()
     gradients = sum(parameter.nbytes for parameter in learner.parameters)

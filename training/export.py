@@ -17,6 +17,7 @@ from ..gcfg.errors import GuidanceError
 from ..gcfg.unet_keys import diffusers_to_ldm
 from .files import whole_file
 from .prior.architecture import Family
+from .prior.model import Prediction
 
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,16 +35,11 @@ _PREDICTIONS = {"eps": "epsilon", "v": "v", "flow": "flow"}
 
 
 def model_spec(
-    family: Family, title: str, resolution: int, prediction: Literal["eps", "v", "flow"], date: datetime | None = None
+    family: Family, title: str, resolution: int, prediction: Prediction, date: datetime | None = None
 ) -> dict[str, str]:
     """Return the modelspec metadata of a trained UNet (https://github.com/Stability-AI/ModelSpec, 1.0.0).
 
-    Args:
-        family: the prior's.
-        title: the model's name.
-        resolution: side of the training images.
-        prediction: what the UNet predicts.
-        date: of the training's end; now where it is None.
+    The resolution is the side of the training images; the date that of the training's end, now where it is None.
     """
     when = (date or datetime.now(timezone.utc)).replace(microsecond=0)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +52,9 @@ class Monitor:
         self._seconds, self._last = 0.0, start
 
     def step(self, step: int, result: StepResult, skipped: int, timing: Timing) -> None:
-        """Report that `step` steps are done.
+        """Report that `step` steps are done, `skipped` of them skipped; `result` and `timing` are the last one's.
 
-        Args:
-            step: how many are done.
-            result: of the last one.
-            skipped: steps skipped so far.
-            timing: of the last step; the speed leaves out checkpoints and sample grids.
+        The speed leaves out checkpoints and sample grids.
         """
         self._bar.update(1)
         self._seconds += timing.seconds
@@ -144,6 +139,5 @@ def keep_lines(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the line that a killed process was writing
             break
         kept.append(line + "\n")
-    beside = path.with_name(f".{path.name}")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")

@@ -21,7 +21,7 @@ from .methods.network import prompted
 from .monitor import Monitor, Timing
 from .processes import alone_in, join_processes, noted_signals, only_cpu
 from .stream import shares
-from .trained import CHECKPOINTS, export_run, manifest
+from .trained import export_run, manifest
 
 DRIFT_SAMPLES = 40
 
@@ -64,13 +64,13 @@ def train(config: Config) -> Outcome:
     material = read_material(config)
     folder = Path(config.output.folder)
     with alone_in(folder, "output.folder"):
-        found = checkpoints.newest(folder / CHECKPOINTS)
+        found = checkpoints.newest(folder)
         _check_same_run(found, material, accelerator)
         learner = new_learner(material, accelerator, fresh=found is None)
         start = _take_up(found, learner) if found else Progress()
         accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
         if accelerator.is_main_process:
-            checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
+            checkpoints.prune(folder, config.output.keep_last)
             if found:
                 print(f"Going on after step {start.step} of {config.train.steps}.", flush=True)
         step, signal = _loop(material, learner, start)
@@ -83,7 +83,7 @@ def _loop(material: Material, learner: Learner, progress: Progress) -> tuple[int
     """Take the steps that are left; return the last one, and the signal that stopped the loop, or 0."""
     config, accelerator = material.config, learner.accelerator
     monitor = Monitor(config, progress.step) if accelerator.is_main_process else None
-    saved, signal = progress.step, 0
+    signal = 0
     try:
         with noted_signals() as noted:
             while progress.step < config.train.steps and not signal:
@@ -93,13 +93,11 @@ def _loop(material: Material, learner: Learner, progress: Progress) -> tuple[int
                     monitor.step(progress.step, result, progress.skipped, timing)
                 _check_sound(progress, result, config)
                 signal = _agreed(noted, accelerator)
-                if _due(progress.step, config.output.checkpoint_every):
+                last = signal or progress.step == config.train.steps
+                if last or _due(progress.step, config.output.checkpoint_every):
                     _save(material, learner, progress)
-                    saved = progress.step
                 if monitor and _due(progress.step, config.sample.every):
                     monitor.samples(progress.step, material, learner)
-            if saved != progress.step:
-                _save(material, learner, progress)
     finally:
         if monitor:
             monitor.close()
@@ -128,17 +126,17 @@ def new_accelerator(config: Config) -> Accelerator:
 def new_learner(material: Material, accelerator: Accelerator, fresh: bool) -> Learner:
     """Make the network of the prior, and the learner around it.
 
-    Args:
-        material: what the run reads.
-        accelerator: its processes.
-        fresh: whether the constants are to be found and measured; a checkpoint brings its own.
+    Where it is fresh, its constants are found and measured; a checkpoint brings its own.
     """
     config = material.config
     if config.model.mode == "prompt":
         unet = prompted(material.prior, config.model, config.train.seed)
     else:
         unet = material.prior.load_unet().to(accelerator.device)
-        constants = _constants(unet, material) if fresh else null_text_features(unet, "zero")
+        constants = null_text_features(unet, "zero")
+        if fresh:
+            noised = probes(material, config.model.attention_mean_samples, accelerator.device)
+            constants = null_text_features(unet, config.model.null_text, material.empty, noised)
         if fresh and accelerator.is_main_process:
             noised = probes(material, DRIFT_SAMPLES, accelerator.device)
             print(drift_table(drift(unet, constants, material.empty, noised)))
@@ -149,12 +147,6 @@ def new_learner(material: Material, accelerator: Accelerator, fresh: bool) -> Le
         return predict(model, x, t, conditions, geometry)
 
     return Learner(unet, material.objective, bound, config.train, accelerator)
-
-
-def _constants(unet: nn.Module, material: Material) -> dict[str, Tensor]:
-    model = material.config.model
-    noised = probes(material, model.attention_mean_samples, next(unet.parameters()).device)
-    return null_text_features(unet, model.null_text, material.empty, noised)
 
 
 def take_step(material: Material, learner: Learner, step: int) -> tuple[StepResult, Timing]:
@@ -193,7 +185,7 @@ def _check_sound(progress: Progress, result: StepResult, config: Config) -> None
 def _save(material: Material, learner: Learner, progress: Progress) -> None:
     output = material.config.output
     if learner.accelerator.is_main_process:
-        folder = Path(output.folder) / CHECKPOINTS
+        folder = Path(output.folder)
         tensors, scalars = learner.state()
         about = {
             **asdict(progress),

@@ -19,16 +19,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> denoised
 
 @torch.no_grad()
 def sample(denoised: Denoise, x: Tensor, objective: Objective, steps: int) -> Tensor:
-    """Sample latents.
-
-    Args:
-        denoised: the guided prediction.
-        x: standard normal noise, (B, C, H, W).
-        objective: the schedule.
-        steps: of DPM-Solver++ (2M).
-
-    Returns: latents in the UNet's scale, (B, C, H, W).
-    """
+    """Return latents in the UNet's scale, made of standard normal noise x by a guided prediction, each (B, C, H, W)."""
     scheduler = DPMSolverMultistepScheduler(
         TIMESTEPS,
         **STABLE_DIFFUSION,
@@ -53,12 +44,7 @@ def starting_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 def guided(prior: Denoise, concept: Denoise, weight: float) -> Denoise:
     """Return the prediction under concept guidance; what does not count is not evaluated.
 
-        denoised = prior + weight (concept - prior)        # GCFG, Cao et al. 2023, Eq. 3 with one term
-
-    Args:
-        prior: the frozen model's denoised prediction for the empty prompt.
-        concept: the concept's.
-        weight: of the concept; 0 is the prior alone, 1 the concept alone.
+    denoised = prior + weight (concept - prior)        # GCFG, Cao et al. 2023, Eq. 3 with one term
     """
     terms = [ActiveTerm(0, weight, None, "concept")] if weight else []
 

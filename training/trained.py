@@ -19,8 +19,6 @@ from .methods.network import ordinary_unet
 from .methods.textual_inversion import EMBEDDING_KEY, TOKEN
 from .prior.model import open_prior
 
-CHECKPOINTS = "checkpoints"
-
 Weights = Literal["ema", "raw"]
 
 
@@ -102,10 +100,8 @@ def find_checkpoint(source: Path) -> Checkpoint:
 
     Raises: GuidanceError: if there is none.
     """
-    if (source / checkpoints.MANIFEST).is_file():
-        found = checkpoints.read(source)
-    else:
-        found = checkpoints.newest(source / CHECKPOINTS)
+    read = checkpoints.read if (source / checkpoints.MANIFEST).is_file() else checkpoints.newest
+    found = read(source)
     if found is None:
         raise GuidanceError(
             f"{str(source)!r} holds no whole checkpoint, expected a run's output.folder or one of its checkpoints."

@@ -49,14 +49,9 @@ class _ExtendedEmbedding(nn.Module):
 
 
 def add_word(model: nn.Module, learned: LearnedToken, source: str) -> None:
-    """Teach a text encoder a word; its vector stays what it is, so a Parameter may be trained there.
+    """Teach a CLIPTextModel a word; its vector stays what it is, so a Parameter may be trained there.
 
-    Args:
-        model: a CLIPTextModel, which is changed.
-        learned: the word.
-        source: start of the error: "model.text_encoder 'path'".
-
-    Raises: GuidanceError: if the word is one of a text encoder of another width.
+    Raises: GuidanceError: if the word is one of a text encoder of another width; `source` is its start.
     """
     known = model.get_input_embeddings()  # type: ignore[operator]
     found, width = tuple(learned.vector.shape), known.embedding_dim
@@ -69,14 +64,9 @@ def add_word(model: nn.Module, learned: LearnedToken, source: str) -> None:
 
 
 def read_embedding(path: Path, text: str, source: str) -> LearnedToken:
-    """Read the file of a Textual Inversion.
+    """Read the file of a Textual Inversion, 'emb_params' (1, D), of a token that prompts write as `text`.
 
-    Args:
-        path: a .safetensors file with 'emb_params', (1, D).
-        text: how prompts write the token.
-        source: start of every error: "models.inversion.embedding 'path'".
-
-    Raises: GuidanceError: if it is none.
+    Raises: GuidanceError: if it is none; `source` is its start: "models.inversion.embedding 'path'".
     """
     shapes = read_header(path, source).shapes
     if EMBEDDING_KEY not in shapes:
@@ -95,11 +85,7 @@ class InvertedUNet(nn.Module):
     def __init__(self, unet: nn.Module, text_encoder: nn.Module, ids: Tensor, word: LearnedToken) -> None:
         """Freeze UNet and text encoder, and give the latter the word, whose vector is then all that is trained.
 
-        Args:
-            unet: the prior's.
-            text_encoder: the prior's, a CLIPTextModel.
-            ids: the prompt's token numbers with the word among them, (1, 77).
-            word: with what it means at first.
+        `ids` are the prompt's token numbers with the word among them, (1, 77).
         """
         super().__init__()
         self.token = nn.Parameter(word.vector.clone())

@@ -31,10 +31,6 @@ def unet_config(shapes: Shapes, source: str = "The UNet") -> Config:
     Heads: diffusers calls their number `attention_head_dim`. SD1.x, whose projections are convolutions, has 8
     everywhere; later families have heads of 64 channels.
 
-    Args:
-        shapes: every tensor's shape by bare LDM key.
-        source: start of every error.
-
     Raises: GuidanceError: if it is no prior for this trainer (an inpainting, unCLIP or refiner UNet), or no UNet that
         diffusers' class can be.
     """
@@ -114,14 +110,9 @@ def pooled_width(config: Config) -> int:
 
 
 def refuse_mismatch(expected: Shapes, found: Shapes, source: str) -> None:
-    """Check that a model built from a configuration is the one in the file.
+    """Check that the model that diffusers builds from a configuration is the one in the file.
 
-    Args:
-        expected: shapes of the model built by diffusers.
-        found: shapes of the file's model, in the same naming.
-        source: start of the error.
-
-    Raises: GuidanceError: naming the first difference.
+    Raises: GuidanceError: naming the first difference; `source` is its start.
     """
     differing = [key for key in dict.fromkeys((*expected, *found)) if expected.get(key) != found.get(key)]
     if differing:

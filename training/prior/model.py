@@ -122,13 +122,9 @@ class Prior:
 
 
 def open_prior(checkpoint: Path, section: str = "model") -> Prior:
-    """Recognise a prior.
+    """Recognise a prior: a single-file checkpoint, a bare UNet file or a diffusers folder.
 
-    Args:
-        checkpoint: a single-file checkpoint, a bare UNet file or a diffusers folder.
-        section: of the config that names it.
-
-    Raises: GuidanceError: one sentence, naming `model.checkpoint`.
+    Raises: GuidanceError: one sentence, naming the `checkpoint` of that section of the config.
     """
     source = f"{section}.checkpoint {str(checkpoint)!r}"
     unet = find_unet(checkpoint, source)

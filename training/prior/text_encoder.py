@@ -136,12 +136,7 @@ def clip_config(shapes: Shapes, act: str) -> Config:
 
 
 def open_clip_config(shapes: Shapes, last_layer: bool) -> Config:
-    """Return the CLIPTextConfig of a text model in OpenCLIP's keys.
-
-    Args:
-        shapes: bare OpenCLIP keys.
-        last_layer: whether the last layer counts; SD2.x never reads it.
-    """
+    """Return the CLIPTextConfig of a text model in bare OpenCLIP keys; SD2.x never reads the last layer."""
     names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.")
     config = _config(shapes, *names, "mlp.c_fc.weight", "gelu")
     config["num_hidden_layers"] -= not last_layer
