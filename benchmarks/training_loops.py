@@ -72,12 +72,12 @@ def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Iterator[
     )
     accelerator = new_accelerator(config)
     material = read_material(config)
-    learner = new_learner(config, material, accelerator, fresh=False)
+    learner = new_learner(material, accelerator, fresh=False)
     monitor, taken = Monitor(config, 0), 0
 
     def step() -> float:
         nonlocal taken
-        result, timing = take_step(config, material, learner, accelerator, taken)
+        result, timing = take_step(material, learner, taken)
         taken += 1
         start = time.perf_counter()
         monitor.step(taken, result, 0, timing)

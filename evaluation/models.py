@@ -19,9 +19,9 @@ from ..gcfg.safetensors_file import LazyStateDict, read_header
 from ..gcfg.unet_keys import ldm_to_diffusers
 from ..training.attention import share_prompts
 from ..training.concept import null_text_features, to_null_text
+from ..training.methods.textual_inversion import LearnedToken, read_embedding
 from ..training.objective import Objective
 from ..training.prior.architecture import FAMILY_NAMES, family_of
-from ..training.prior.learned_token import LearnedToken, read_embedding
 from ..training.prior.model import Prior, open_prior
 from ..training.prior.unet import find_unet, load_unet
 from .config import PRIOR, Config, Recipe

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..gcfg.combine import combine
 from ..gcfg.plan import ActiveTerm, needs_base
-from ..training.concept import Conditions, predict
+from ..training.concept import predict
 from ..training.objective import Objective
+from ..training.prior.text_encoder import Conditions
 from ..training.sampling import Denoise
 
 if TYPE_CHECKING:

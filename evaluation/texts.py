@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from ..gcfg.errors import GuidanceError
-from ..training.concept import Conditions
-from ..training.prior.learned_token import LearnedToken, add_word
+from ..training.methods.textual_inversion import LearnedToken, add_word
 from ..training.prior.model import Prior
-from ..training.prior.text_encoder import TextEmbedding, encode_ids, load_text_models, token_ids
+from ..training.prior.text_encoder import Conditions, encode_ids, load_text_models, token_ids
 
 
 class Texts:
@@ -38,7 +37,7 @@ class Texts:
         if key not in self._known:
             text = self._encoded(prompt, word if key[1] else None)
             self._prior.refuse_other_widths(text, self._source)
-            self._known[key] = Conditions(text.tokens.to(self._place), text.pooled)
+            self._known[key] = Conditions(text.context.to(self._place), text.pooled)
         return self._known[key]
 
     @cached_property
@@ -52,7 +51,7 @@ class Texts:
     def _models(self) -> list[nn.Module]:
         return load_text_models(self._path, self._prior.family, self._source)
 
-    def _encoded(self, prompt: str, word: LearnedToken | None) -> TextEmbedding:
+    def _encoded(self, prompt: str, word: LearnedToken | None) -> Conditions:
         ids = token_ids(prompt, self._tokenizer, word.text if word else "", self._prior.section)
         if word is None:
             return encode_ids(self._models, self._prior.family, ids)

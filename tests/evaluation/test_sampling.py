@@ -6,9 +6,10 @@ import pytest
 import torch
 from comfyui_gcfg.evaluation.sampling import Control, Guidance, Predictor, decode, denoiser, take_hints
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
-from comfyui_gcfg.training.concept import Conditions, predict
+from comfyui_gcfg.training.concept import predict
 from comfyui_gcfg.training.objective import Objective
-from comfyui_gcfg.training.samples import decode as decode_one_by_one
+from comfyui_gcfg.training.prior.text_encoder import Conditions
+from comfyui_gcfg.training.sampling import decode as decode_one_by_one
 from comfyui_gcfg.training.sampling import sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
