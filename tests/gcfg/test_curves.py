@@ -8,6 +8,7 @@ from comfyui_gcfg.gcfg.curves import CONSTANT, CURVES, WeightCurve, make_curve, 
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import GuidancePlan
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,9 +152,7 @@ def test_points_are_read():
     ],
 )
 def test_points_that_cannot_be_read(text, message):
-    with pytest.raises(GuidanceError) as error:
-        make_curve("points", 0.0, text, "Guidance Term 'style'")
-    assert str(error.value) == f"Guidance Term 'style': {message}"
+    assert refusal(make_curve, "points", 0.0, text, "Guidance Term 'style'") == f"Guidance Term 'style': {message}"
 
 
 @settings(deadline=None)
@@ -192,9 +191,7 @@ def test_curve_of_the_widgets():
     ],
 )
 def test_curve_that_cannot_be_made(kind, end, message):
-    with pytest.raises(GuidanceError) as error:
-        make_curve(kind, end, "", "Guidance Term")
-    assert str(error.value) == message + ("one." if kind == "spline" else "")
+    assert refusal(make_curve, kind, end, "", "Guidance Term") == message + ("one." if kind == "spline" else "")
 
 
 # --- in a plan ---

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from comfyui_gcfg.gcfg.concept_file import compact, fold
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.safetensors_file import read_header
+from comfyui_gcfg.testkit.checks import refusal
 from comfyui_gcfg.testkit.models import lora_state_dict
 from safetensors.torch import save_file
 
@@ -308,17 +308,9 @@ def test_a_concept_model_needs_no_null_text_patch(loader, folders, state_dict, p
     from comfyui_gcfg.nodes.concept import GCFGNullTextPatch
 
     save_file(state_dict("sd15", "compact"), folders[0] / "model.safetensors")
-    with pytest.raises(GuidanceError) as error:
-        GCFGNullTextPatch().patch(loader("model.safetensors"), prompt(1), "uniform_mean")
-    assert str(error.value) == (
+    assert refusal(GCFGNullTextPatch().patch, loader("model.safetensors"), prompt(1), "uniform_mean") == (
         "Null-Text Patch: model is a null-text UNet already, expected one that reads text; use it without this patch."
     )
-
-
-def refusal(loader, name):
-    with pytest.raises(GuidanceError) as error:
-        loader(name)
-    return str(error.value)
 
 
 OUTSIDE = ["../../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"]

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from comfyui_gcfg.gcfg.diagnostics import GuidanceReport
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def inputs_of(node, good, kinds):
 
 
 def message(node, **inputs):
-    with pytest.raises(GuidanceError) as error:
-        getattr(node(), node.FUNCTION)(**inputs)
-    return str(error.value)
+    return refusal(getattr(node(), node.FUNCTION), **inputs)
 
 
 REQUIRED = [

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.workflow import to_prompt
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("zoo.py")))["FAMILIES"]
@@ -250,7 +251,7 @@ def of_outputs(prompt, sampler, **more):
 def difference(a, b):
     """The largest, relative to the largest value."""
     assert all(torch.isfinite(part).all() and float(part.std()) > 0 for part in b)
-    return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
+    return max(relative(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(

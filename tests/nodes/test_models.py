@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.models import controlnet_state_dict
 
 STEPS = 4
@@ -224,7 +225,7 @@ def test_controlnet_of_the_plain_node_reaches_the_unconditional(
     assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
     terms = [GuidanceTerm(0.0001, conditioning=prompt(4)), GuidanceTerm(7.5, conditioning=positive)]
     close = gcfg(prior, prompt(2), terms, latent)
-    assert float((close - expected).abs().max() / expected.abs().max()) < 1e-2, "whichever socket it is on"
+    assert relative(close, expected) < 1e-2, "whichever socket it is on"
 
 
 def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, concept, prompt, latent, controlnet):
@@ -238,7 +239,7 @@ def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, c
     base, control = one_step(prior, prompt(2)), one_step(concept, positive)
     got = gcfg(prior, prompt(2), [GuidanceTerm(2.5, model=concept, conditioning=positive)], latent, steps=1)
     expected = base + 2.5 * (control - base)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     assert not torch.equal(control, one_step(concept, prompt(1)))
 
 
@@ -257,7 +258,7 @@ def test_replaced_batch_function_gets_pairs(gcfg, prior, prompt, latent, comfy):
     terms = [GuidanceTerm(3.0, conditioning=prompt(i)) for i in (1, 2, 3)]
     got, expected = gcfg(clone, prompt(0), terms, latent), gcfg(prior, prompt(0), terms, latent)
     assert set(sizes) == {2}
-    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5, "batches of other sizes round differently"
+    assert relative(got, expected) < 2e-5, "batches of other sizes round differently"
 
 
 def test_other_models_options_stay_their_own(gcfg, prior, concept, prompt, latent):

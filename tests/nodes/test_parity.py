@@ -3,15 +3,12 @@
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 
 SAMPLERS = ["euler", "dpmpp_2m", "dpmpp_sde", "uni_pc"]
 SCHEDULERS = ["normal", "karras", "simple"]
 # The same calls combined in another order of float32 operations: a few ulp per step, amplified by the model.
 REORDERED = 2e-5
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.models import lora_state_dict
 
 
@@ -47,7 +48,7 @@ def test_hook_equals_a_model_with_that_lora(gcfg, comfy, load_unet, weights, pri
         GuidanceTerm(2.0, model=with_lora(load_unet(weights("sd15", 0)), 2), conditioning=prompt(3)),
     ]
     expected = gcfg(prior, prompt(0), separate, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     comfy.model_management.unload_all_models()
     assert all(torch.equal(value, clean[key]) for key, value in prior.model.state_dict().items())
     gc.collect()
@@ -64,7 +65,7 @@ def test_hooks_of_one_term_do_not_leak_into_a_clone_of_equal_weights(gcfg, prior
     got = gcfg(prior, prompt(0), terms, latent)
     plain = [terms[0], GuidanceTerm(2.0, conditioning=prompt(3))]
     expected = gcfg(prior, prompt(0), plain, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
 
 
 def test_both_terms_hooked_differently(gcfg, load_unet, weights, comfy, prior, concept, prompt, latent, hooked):
@@ -83,7 +84,7 @@ def test_both_terms_hooked_differently(gcfg, load_unet, weights, comfy, prior, c
         GuidanceTerm(2.0, model=with_lora(1, 2), conditioning=prompt(3)),
     ]
     expected = gcfg(prior, prompt(0), separate, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     assert torch.equal(got, gcfg(prior, prompt(0), terms, latent)), "and again"
 
 
