@@ -7,7 +7,6 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.testkit.checks import refusal, relative
-from comfyui_gcfg.testkit.models import lora_state_dict
 
 # ComfyUI chooses one of its functions when it is imported, by these flags; the UNet's layers look it up in each call.
 BACKENDS = {
@@ -136,12 +135,6 @@ def _object_patch(model, key, backend):
     clone = model.clone()
     clone.add_object_patch(key, torch.compile(model=clone.get_model_object(key), backend=backend))
     return clone
-
-
-@pytest.fixture
-def lora(comfy, weights):
-    file = lora_state_dict(weights("sd15", 0), 1)
-    return lambda model: comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)[0]
 
 
 @pytest.mark.parametrize("part", ["model", "block"])

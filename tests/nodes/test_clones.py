@@ -10,21 +10,6 @@ import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.testkit.checks import refusal
-from comfyui_gcfg.testkit.models import lora_state_dict
-
-
-@pytest.fixture(scope="module")
-def lora(comfy, weights):
-    """A clone of a model with LoRA number `seed`, made as the stock loader node makes it."""
-
-    def add(model, seed, strength=1.0):
-        patched, _ = comfy.sd.load_lora_for_models(
-            model, None, lora_state_dict(weights("sd15", 0), seed), strength, 0.0
-        )
-        assert patched.patches, "the LoRA fits no weight"
-        return patched
-
-    return add
 
 
 def v_prediction(model):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.testkit.checks import relative
+from comfyui_gcfg.testkit.layouts import NARROW
+from comfyui_gcfg.testkit.loads import counting
 from comfyui_gcfg.testkit.models import controlnet_state_dict
 
 STEPS = 4
@@ -94,37 +96,23 @@ def test_batched_where_weights_are_the_same(gcfg, prior, concept, prompt, latent
 
 
 def test_loads_once_and_moves_nothing_between_steps(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
-    management = comfy.model_management
-    requests, loads, moves, evaluations = [], [], [], []
-    request, move = management.load_models_gpu, torch.nn.Module.to
-    name = "load" if hasattr(type(prior), "load") else "patch_model"
-    load = getattr(type(prior), name)
+    management, requests = comfy.model_management, []
+    request = management.load_models_gpu
     monkeypatch.setattr(
         management,
         "load_models_gpu",
         lambda models, *a, **k: (requests.append(list(models)), request(models, *a, **k))[1],
     )
-    monkeypatch.setattr(type(prior), name, lambda self, *a, **k: (loads.append(self), load(self, *a, **k))[1])
-    monkeypatch.setattr(
-        torch.nn.Module, "to", lambda self, *a, **k: (moves.append(len(evaluations)), move(self, *a, **k))[1]
-    )
-    handles = [
-        patcher.model.diffusion_model.register_forward_pre_hook(lambda *_: evaluations.append(len(loads)))
-        for patcher in (prior, concept)
-    ]
     management.unload_all_models()
     terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
-
-    gcfg(prior, prompt(0), terms, latent, steps=STEPS)
-    assert {prior, concept} <= set(requests[-1]), "one request names every model"
-    assert sorted(map(id, loads)) == sorted(map(id, (prior, concept))), "each is loaded once"
-    assert set(evaluations) == {2}, "before the first step"
-    assert not [at for at in moves if 0 < at < len(evaluations)], "nothing moves between steps"
-
-    gcfg(prior, prompt(0), terms, latent, steps=STEPS)
-    assert len(loads) == 2, "a second run finds them loaded"
-    for handle in handles:
-        handle.remove()
+    with counting([prior, concept]) as counts:
+        gcfg(prior, prompt(0), terms, latent, steps=STEPS)
+        assert {prior, concept} <= set(requests[-1]), "one request names every model"
+        assert counts.loads == {id(prior.model): 1, id(concept.model): 1}, "each is loaded once"
+        assert counts.evaluations == 2 * STEPS
+        assert counts.between_steps == 0
+        gcfg(prior, prompt(0), terms, latent, steps=STEPS)
+        assert sum(counts.loads.values()) == 2, "a second run finds them loaded"
 
 
 def test_memory_request_covers_the_hungriest_model(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
@@ -199,7 +187,7 @@ def controlnet(comfy, tmp_path_factory):
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("control") / "control.safetensors"
-    save_file(controlnet_state_dict(3), path)
+    save_file(controlnet_state_dict(3, NARROW), path)
     return sys.modules["comfy.controlnet"].load_controlnet(str(path))
 
 

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from comfyui_gcfg.testkit.checks import refusal, relative
+from comfyui_gcfg.testkit.layouts import NARROW
 from comfyui_gcfg.testkit.models import lora_state_dict
 
 # W(mean V) and attention over equal values are the same sums in another order of float32 operations, seen through a
@@ -371,7 +372,7 @@ def test_an_output_patch_gets_the_shape_it_expects(models, prompt, null_text_pat
     shapes = []
     model.set_model_attn2_output_patch(lambda n, extra: shapes.append(tuple(n.shape)) or n)
     sample(null_text_patch(model, null_text), null_text)
-    assert set(shapes) == {(2, 64, 320)}
+    assert set(shapes) == {(2, 64, NARROW)}
 
 
 def test_the_weights_stay_unreferenced_by_the_patch(load_unet, weights, prompt, null_text_patch, sample, comfy):
