@@ -398,40 +398,28 @@ def test_the_weights_stay_unreferenced_by_the_patch(load_unet, weights, prompt, 
     assert wrapper is not None
 
 
-BAD = "connect a CLIP Text Encode node with no text."
+NO_TEXT = "connect a CLIP Text Encode node with no text."
+OWN_CLIP = "encode the empty prompt with this model's own CLIP."
 
 
 @pytest.mark.parametrize(
-    ("family", "conditioning", "message"),
+    ("family", "tokens", "message"),
     [
+        ("sd21", [(1, 77, 768)], f"is 768 wide, expected 1024 for this model; {OWN_CLIP}"),
+        ("sd15", [], f"holds 0 prompts, expected the one empty prompt; {NO_TEXT}"),
+        ("sd15", [(1, 77, 768)] * 2, f"holds 2 prompts, expected the one empty prompt; {NO_TEXT}"),
+        ("sd15", [(77, 768)], f"has the shape (77, 768), expected (1, tokens, width); {NO_TEXT}"),
         (
-            "sd21",
-            [[torch.zeros(1, 77, 768), {}]],
-            "Null-Text Patch: null_text is 768 wide, expected 1024 for this model; encode the empty prompt with this "
-            "model's own CLIP.",
-        ),
-        ("sd15", [], f"Null-Text Patch: null_text holds 0 prompts, expected the one empty prompt; {BAD}"),
-        (
-            "sd15",
-            [[torch.zeros(1, 77, 768), {}]] * 2,
-            f"Null-Text Patch: null_text holds 2 prompts, expected the one empty prompt; {BAD}",
-        ),
-        (
-            "sd15",
-            [[torch.zeros(77, 768), {}]],
-            f"Null-Text Patch: null_text has the shape (77, 768), expected (1, tokens, width); {BAD}",
-        ),
-        (
-            "sdxl",
-            [[torch.zeros(1, 77, 2048), {}]],
-            "Null-Text Patch: null_text has no pooled_output, expected one for the mode attention_mean with this "
-            "model; encode the empty prompt with this model's own CLIP.",
+            *("sdxl", [(1, 77, 2048)]),
+            f"has no pooled_output, expected one for the mode attention_mean with this model; {OWN_CLIP}",
         ),
     ],
     ids=["width", "empty", "combined", "flat", "no-pooled"],
 )
-def test_bad_input(models, null_text_patch, family, conditioning, message):
-    assert refusal(null_text_patch, models(family), conditioning, "attention_mean") == message
+def test_bad_input(models, null_text_patch, family, tokens, message):
+    conditioning = [[torch.zeros(shape), {}] for shape in tokens]
+    said = refusal(null_text_patch, models(family), conditioning, "attention_mean")
+    assert said == f"Null-Text Patch: null_text {message}"
 
 
 def test_a_model_without_cross_attention_blocks(models, prompt, null_text_patch):

@@ -304,43 +304,34 @@ def test_labels_longer_than_a_picture_do_not_overlap(sheet):
 # --- bad input ---
 
 
+NO_SUCH = "and no connected term has that label, expected exactly one of 'a', 'b'; correct it."
+BOTH = "label_1 and label_2 are both 'a', expected two terms; change one."
+
+
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        (
-            {"label_1": "c"},
-            "Weight Sweep: label_1 is 'c', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        (
-            {"label_1": " "},
-            "Weight Sweep: label_1 is '', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        (
-            {"label_2": "A"},
-            "Weight Sweep: label_2 is 'A', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        ({"label_2": "a"}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
-        ({"label_2": " a "}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
+        ({"label_1": "c"}, f"label_1 is 'c', {NO_SUCH}"),
+        ({"label_1": " "}, f"label_1 is '', {NO_SUCH}"),
+        ({"label_2": "A"}, f"label_2 is 'A', {NO_SUCH}"),
+        ({"label_2": "a"}, BOTH),
+        ({"label_2": " a "}, BOTH),
         (
             {"weights_1": "1, two"},
-            "Weight Sweep: weights_1: 'two', expected a number such as 1.5, or a range such as 0:2:0.25; correct it.",
+            "weights_1: 'two', expected a number such as 1.5, or a range such as 0:2:0.25; correct it.",
         ),
         (
             {"weights_2": ""},
-            "Weight Sweep: weights_2 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add "
-            "some.",
+            "weights_2 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add some.",
         ),
         (
             {"weights_1": "0:2:0.1", "weights_2": "0:2:0.1"},
-            "Weight Sweep: 441 cells, expected at most 400; shorten the lists of weights.",
+            "441 cells, expected at most 400; shorten the lists of weights.",
         ),
     ],
 )
 def test_bad_widgets(sweep, base, terms, prompt, latent, calls, widgets, message):
-    assert refusal(sweep, base, prompt(0), terms, latent, **widgets) == message
+    assert refusal(sweep, base, prompt(0), terms, latent, **widgets) == f"Weight Sweep: {message}"
     assert calls == []
 
 
