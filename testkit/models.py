@@ -116,17 +116,6 @@ def unet_state_dict(
     return to_dtype(sd, dtype)
 
 
-def fine_tuned(sd: Mapping[str, Tensor], seed: int, strength: float = 0.3) -> StateDict:
-    """Return `sd` moved towards other weights, as a fine-tune is: same layout, same spread, related predictions."""
-    keep = math.sqrt(1 - strength**2)
-    return {
-        name: (keep * w + strength * w.float().std() * _noise(seed, name, *w.shape)).to(w.dtype)
-        if w.ndim > 1 and not name.startswith(("input_blocks.0.", "out.")) and "skip_connection" not in name
-        else w.clone()
-        for name, w in sd.items()
-    }
-
-
 def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict:
     """Return F_null = to_out(mean over tokens of to_v(null_text)), paper Eq. 5, by block name.
 
