@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from ..gcfg.errors import GuidanceError
 from .errors import one_sentence, say
 
 if TYPE_CHECKING:
+    from ..evaluation.results import Result
     from ..evaluation.run import Evaluation
 
 app = typer.Typer(
@@ -116,14 +117,14 @@ def abtest_command(
     with one_sentence():
         settings = load_config(config, overrides or ())
         from ..evaluation import abtest
-        from ..evaluation.comparison import FOLDER, comparison
 
-        folder = settings.output_folder / FOLDER
+        folder = settings.output_folder / abtest.FOLDER
         if count:
             say(abtest.summary(abtest.win_rates(count, abtest.key_of(folder))).split("\n"))
             return
         _refuse_unknown(settings, method)
-        say(str(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed)))
+        shown = abtest.trials_of(settings, method or (), trials)
+        say(str(abtest.write_page(shown, folder, settings.sampling.seed)))
 
 
 def _measure(config: Path, overrides: list[str] | None, methods: list[str] | None, tasks: Sequence[Task]) -> None:
@@ -163,11 +164,11 @@ def _sweep(evaluation: Evaluation) -> None:
 
     result = run_sweep(evaluation)
     if evaluation.is_main:
-        say(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
+        say(f"sweep: {len(result.search)} pairs of weights: {evaluation.folder / result.grid}")
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
-    from ..evaluation.report import report
+    from ..evaluation.report.folder import report
 
     say(str(report(config, page, stages)))
 
@@ -179,10 +180,10 @@ def _refuse_unknown(config: Config, methods: Sequence[str] | None) -> None:
         raise GuidanceError(f"--method {unknown[0]!r} is no method of the config, expected one of {known}.")
 
 
-def _line(result: dict[str, Any]) -> str:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result["numbers"].items())
-    line = f"{result['task']} of {result['title']}: {numbers} ({result['count']:,} images)"
-    if not result["search"]:
+def _line(result: Result) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.numbers.items())
+    line = f"{result.task} of {result.title}: {numbers} ({result.count:,} images)"
+    if not result.search:
         return line
-    weights = ", ".join(f"{term['weight']:g}" for term in result["recipe"]["terms"])
-    return f"{line}; weights {weights}, of {len(result['search'])} searched: {result['rule']}"
+    weights = ", ".join(f"{term['weight']:g}" for term in result.terms)
+    return f"{line}; weights {weights}, of {len(result.search)} searched: {result.rule}"

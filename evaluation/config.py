@@ -6,7 +6,8 @@ No torch here: --help is quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from ..training.config import NotNegative, Positive, Section
 Task = Literal["fid", "alignment", "canny", "diversity"]
 
 PRIOR = "prior"  # the model that every config has
+METHODS = "methods"  # the group of the page's first tables; all others are ablations
 TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
 SEPARATOR = " | "  # between the parts of a task's prompt
 
@@ -75,6 +77,11 @@ class ModelConfig(Section):
         None, ge=0, description="Trained parameters, for the tables; without it the file's metadata says."
     )
 
+    @property
+    def file(self) -> str:
+        """The one of the two that is given."""
+        return self.unet or self.embedding
+
     @model_validator(mode="after")
     def _one_kind(self) -> ModelConfig:
         if bool(self.unet) == bool(self.embedding):
@@ -96,6 +103,11 @@ class Term(Section):
     weight: Weight = Field(1.0, description="Guidance weight, or a list of weights to search.")
     control: bool = Field(False, description="Apply the ControlNet to this term.")
     label: str = Field("", description="Name of the term in tables and plots.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """All weights to search, or the one."""
+        return self.weight if isinstance(self.weight, tuple) else (self.weight,)
 
     def reads(self, prompt: str) -> str:
         """Return what the model reads for a task's prompt; the whole prompt has ', ' between its parts.
@@ -126,16 +138,27 @@ class Recipe(Section):
         """Places of the terms whose weight is a list."""
         return tuple(place for place, term in enumerate(self.terms) if isinstance(term.weight, tuple))
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The names of its models, by the keys that name them."""
+        return {"base": self.base} | {f"terms.{place}.model": term.model for place, term in enumerate(self.terms)}
+
+    def grid(self) -> list[tuple[float, ...]]:
+        """Return all combinations of its weights."""
+        return list(product(*(term.weights for term in self.terms)))
+
+    def weighted(self, weights: Sequence[float]) -> Recipe:
+        """Return it with one weight for each term."""
+        terms = (term.model_copy(update={"weight": w}) for term, w in zip(self.terms, weights, strict=True))
+        return self.model_copy(update={"terms": tuple(terms)})
+
 
 class MethodConfig(Section):
     """[methods.NAME]: a row of the tables, with a recipe for each task it takes part in."""
 
-    title: str = Field(
-        "",
-        description="Name in the tables; without it the key.",
-    )
+    title: str = Field("", description="Name in the tables; without it the key.")
     group: str = Field(
-        "methods",
+        METHODS,
         description="'methods' for the page's first tables; any other word for a table of its own, as of an ablation.",
     )
     fid: Recipe | None = None
@@ -265,7 +288,7 @@ class Config(Section):
         if PRIOR in self.models:
             raise ValueError("models.prior is the prior itself, expected another name for a model beside it")
         for place, recipe in self.recipes():
-            for key, model in _models(recipe):
+            for key, model in recipe.models.items():
                 if model not in (PRIOR, *self.models):
                     known = ", ".join(repr(name) for name in (PRIOR, *self.models))
                     raise ValueError(f"{place}.{key} is {model!r}, expected one of {known}")
@@ -282,9 +305,3 @@ class Config(Section):
                     yield f"methods.{name}.{task}", recipe
         if self.sweep.recipe:
             yield "sweep.recipe", self.sweep.recipe
-
-
-def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield "base", recipe.base
-    for place, term in enumerate(recipe.terms):
-        yield f"terms.{place}.model", term.model

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-from ...evaluation.config import PRIOR
+from ...evaluation.config import METHODS, PRIOR
 from ...evaluation.report import words
-from ...evaluation.report.stored import METHODS, Result, Results
+from ...evaluation.results import Result, Results, Sweep
 from .numbers import DREAMBOOTH, OURS, PAPER, TEXTUAL_INVERSION
 
 KEPT_ALIGNMENT = 0.1  # below the prior's, that a method may lose and still count as controllable
@@ -59,7 +59,7 @@ def claims(results: Results) -> list[Claim]:
 def claims_table(claims: Sequence[Claim]) -> str:
     """Return statements, their rules, the numbers and the verdict as a table."""
     rows = [[claim.statement, claim.rule, claim.here, claim.paper, claim.verdict] for claim in claims]
-    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows).replace("---:", "---")
+    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows, numbers=False)
 
 
 def _not_measured(statement: str) -> Claim:
@@ -75,7 +75,7 @@ def _lowest_controllable(results: Results, task: str, images: str) -> Claim:
         return Claim(statement, rule, words.ABSENT, words.ABSENT, None)
     least = prior - KEPT_ALIGNMENT - 1e-9  # both are shares of a count
     if aligned[OURS] < least:
-        here = f"ours keeps {words.share(aligned[OURS])}, the prior {words.share(prior)}"
+        here = f"ours keeps {aligned[OURS]:.2f}, the prior {prior:.2f}"
         return Claim(statement, rule, here, words.ABSENT, False)
     fids = _numbers(results, task, "fid")
     rivals = {name: fids[name] for name in fids if name != OURS and aligned.get(name, -1.0) >= least}
@@ -156,7 +156,7 @@ def _inversion_aligns(results: Results) -> Claim | None:
     return Claim(
         "Textual Inversion follows the text better than ours, at the cost of FID (Table 2).",
         "higher alignment and higher FID of text-guided images",
-        f"alignment {words.share(aligned[TEXTUAL_INVERSION])} against {words.share(aligned[OURS])}, "
+        f"alignment {aligned[TEXTUAL_INVERSION]:.2f} against {aligned[OURS]:.2f}, "
         f"FID {words.number(results.number('alignment', TEXTUAL_INVERSION, 'fid'))} against "
         f"{words.number(results.number('alignment', OURS, 'fid'))}",
         "alignment 0.97 against 0.89",
@@ -175,7 +175,7 @@ def _dreambooth_loses(results: Results) -> Claim | None:
     return Claim(
         "DreamBooth loses control: it follows the text worst of the paper's methods (Table 2).",
         "lowest alignment",
-        f"{words.share(booth)}; next: {results.title(rival)} {words.share(aligned[rival])}",
+        f"{booth:.2f}; next: {results.title(rival)} {aligned[rival]:.2f}",
         "0.24; next: Custom Diffusion 0.74",
         booth < aligned[rival],
     )
@@ -234,7 +234,7 @@ def _plane(results: Results) -> Iterator[Claim]:
             )
 
 
-def plane_axes(sweep: Result) -> tuple[int, int]:
+def plane_axes(sweep: Sweep) -> tuple[int, int]:
     """Return the places of the control weight and the concept weight in a sweep's pairs: control is what reads text."""
     lists = [place for place, term in enumerate(sweep.recipe["terms"]) if isinstance(term["weight"], list)]
     prompted = [bool(sweep.recipe["terms"][place]["prompt"]) for place in lists]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...evaluation.report.stored import METHODS, Results
+from ...evaluation.config import METHODS
+from ...evaluation.results import Results
 from .numbers import PAPER
 
 _PAPER_SIZE, _PAPER_COUNT = 512, 50_000

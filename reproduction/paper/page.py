@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ...evaluation.report import Experiment, page
-from ...evaluation.report.plots import draw_panels, tradeoff_points
-from ...evaluation.report.stored import METHODS, Results
+from ...evaluation.config import METHODS
+from ...evaluation.report import page
+from ...evaluation.report.pictures import draw_panels, tradeoff_points
+from ...evaluation.results import Results
 from .claims import claims, claims_table, drift_pairs
 from .limits import limits
 from .numbers import OURS, PAPER, STYLEGAN, TABLE_1, TABLE_2, TITLES
@@ -36,9 +35,8 @@ _GROUPS = {
 }
 
 
-def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
-    """Return the page in Markdown; see `evaluation.report.page_text` for the arguments."""
-    results = Results(stored)
+def page_text(results: Results, experiment: page.Experiment, folder: str) -> str:
+    """Return the page in Markdown; see `evaluation.report.page.page_text` for the arguments."""
     return page.joined(
         page.introduction(experiment),
         _introduction(folder),
