@@ -10,7 +10,7 @@ from ...evaluation.report.pictures import draw_panels, tradeoff_points
 from ...evaluation.results import Results
 from .claims import claims, claims_table, drift_pairs
 from .limits import limits
-from .numbers import OURS, PAPER, STYLEGAN, TABLE_1, TABLE_2, TITLES
+from .numbers import OURS, PAPER, STYLEGAN, TABLE_1, TABLE_2
 
 # Heading and explanation of the ablations that the paper has; any other group is told by its name.
 _GROUPS = {
@@ -61,7 +61,7 @@ def page_text(results: Results, experiment: page.Experiment, folder: str) -> str
 def draw_tradeoff(results: Results, path: Path) -> None:
     """Fidelity against control (Fig. 9), beside the paper's own numbers for faces."""
     theirs = [
-        (TITLES[name], row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
+        (row.title, row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
     ]
     draw_panels({"here": tradeoff_points(results, marked=OURS), "the paper, faces": theirs}, path)
 

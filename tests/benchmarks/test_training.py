@@ -1,10 +1,9 @@
 """The training benchmark: its rows agree with what was measured, and its loops do the work they stand for."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from comfyui_gcfg.benchmarks import training, training_files, training_loops
+from comfyui_gcfg.benchmarks.bench import Bench
 from comfyui_gcfg.testkit.errors import CommandError
 from comfyui_gcfg.training.prior.model import open_prior
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,9 +18,7 @@ def folder(tmp_path_factory):
 
 
 def bench(folder, layout="sd15"):
-    return SimpleNamespace(
-        layout=layout, folder=folder, size=64, batch=None, repeats=1, threads=1, cpu=True, cpu_time=False
-    )
+    return Bench(layout, 64, None, 1, cpu=True, folder=str(folder))
 
 
 def test_a_small_run_reports_every_row(folder, monkeypatch):
