@@ -68,7 +68,7 @@ def make_files(**values: Any) -> None:
     from .training_files import make_checkpoint, make_latents
 
     bench = Bench(**values)
-    make_latents(Path(bench.folder), make_checkpoint(Path(bench.folder), bench.layout), bench.size)
+    make_latents(bench, make_checkpoint(bench))
 
 
 def measure(fused: bool | None, **values: Any) -> dict[str, Any]:
@@ -81,21 +81,15 @@ def measure(fused: bool | None, **values: Any) -> dict[str, Any]:
     Returns: the seconds of each timed step, all that the loop does in it included; of ours, the share of each that
         reading samples and reporting took, by the wall clock; and the most memory in bytes.
     """
-    from . import training_loops
-    from .training_files import make_checkpoint, make_latents
+    from .training_loops import ours, theirs
 
-    bench, folder = Bench(**values), Path(values["folder"])
+    bench = Bench(**values)
     torch.set_num_threads(bench.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint, precision = make_checkpoint(folder, bench.layout), "fp32" if device.type == "cpu" else "bf16"
-    setting = training_loops.Setting(checkpoint, bench.size, values["batch"], precision)
+    precision = "fp32" if device.type == "cpu" else "bf16"
     clock, seconds, beside = Clock(device, bench.cpu_time), [], []
     with tempfile.TemporaryDirectory() as output, Memory(device).peak() as peak:
-        if fused is None:
-            latents = make_latents(folder, checkpoint, bench.size)
-            loop = training_loops.ours(setting, latents, Path(output), STEPS + 1)
-        else:
-            loop = training_loops.theirs(setting, bench.layout, fused)
+        loop = ours(bench, precision, Path(output), STEPS + 1) if fused is None else theirs(bench, precision, fused)
         with loop as step:
             for _ in range(STEPS + 1):
                 start, wall = clock.now(), time.perf_counter()

@@ -42,28 +42,23 @@ Methods = Annotated[
 ]
 
 
-@app.command("fid", epilog=_SETTINGS)
-def fid_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Fidelity: FID of each method's unconditional images."""
-    _measure(config, overrides, method, ("fid",))
+_TASKS: dict[Task, str] = {
+    "fid": "Fidelity: FID of each method's unconditional images.",
+    "alignment": "Control by text: how often the attribute that was prompted is in the image.",
+    "canny": "Control by edges: those of the condition against those of the image.",
+    "diversity": "How much the images of one prompt differ.",
+}
 
 
-@app.command("alignment", epilog=_SETTINGS)
-def alignment_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Control by text: how often the attribute that was prompted is in the image."""
-    _measure(config, overrides, method, ("alignment",))
+def _add_task(task: Task, text: str) -> None:
+    @app.command(task, epilog=_SETTINGS, help=text)
+    def command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+        with _evaluation(config, overrides) as evaluation:
+            _run(evaluation, (task,), method)
 
 
-@app.command("canny", epilog=_SETTINGS)
-def canny_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Control by edges: those of the condition against those of the image."""
-    _measure(config, overrides, method, ("canny",))
-
-
-@app.command("diversity", epilog=_SETTINGS)
-def diversity_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """How much the images of one prompt differ."""
-    _measure(config, overrides, method, ("diversity",))
+for _task, _text in _TASKS.items():
+    _add_task(_task, _text)
 
 
 @app.command("sweep", epilog=_SETTINGS)
@@ -127,19 +122,12 @@ def abtest_command(
         say(str(abtest.write_page(shown, folder, settings.sampling.seed)))
 
 
-def _measure(config: Path, overrides: list[str] | None, methods: list[str] | None, tasks: Sequence[Task]) -> None:
-    with _evaluation(config, overrides) as evaluation:
-        _run(evaluation, tasks, methods)
-
-
 @contextmanager
 def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluation]:
     with one_sentence():
         settings = load_config(config, overrides or ())
         try:
-            from ..evaluation.run import (
-                Evaluation,  # torch and diffusers take seconds to import: not before --help is answered
-            )
+            from ..evaluation.run import Evaluation  # seconds of imports: not before --help is answered
         except ModuleNotFoundError as error:
             raise GuidanceError(
                 f"gcfg evaluate needs {error.name}, which was not found; install it with: pip install "

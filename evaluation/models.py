@@ -26,8 +26,9 @@ from ..training.prior.learned_token import LearnedToken, add_word, read_embeddin
 from ..training.prior.model import Prior, open_prior
 from ..training.prior.text_encoder import TextEmbedding, encode_ids, load_text_models, token_ids
 from ..training.prior.unet import find_unet, load_unet
-from .config import PRIOR, Config, Recipe
+from .config import Config
 from .controlnet import load_controlnet
+from .recipe import PRIOR, Recipe
 from .sampling import Guidance, Predictor, take_hints
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import whole_file
-from .config import METHODS, PRIOR, TASKS
+from .config import METHODS, TASKS
+from .recipe import PRIOR
 
 FORMAT = 1
 RESULTS = "results"  # the folder of their files

@@ -12,13 +12,14 @@ from typing import Any
 
 from ..gcfg.errors import GuidanceError
 from ..training.processes import alone_in, from_main, join_processes
-from .config import PRIOR, Config, ModelConfig, Recipe
+from .config import Config, ModelConfig
 from .config import Task as TaskName
 from .generation import Order, generate
 from .images import seconds_of
 from .measures import Measures
 from .models import Models, trained_parameters
 from .provenance import Hashes, fingerprint, versions
+from .recipe import PRIOR, Recipe
 from .results import FORMAT, RESULTS, Result, Stored, read_result, result_of, write_result
 from .tasks import TASKS, Task
 

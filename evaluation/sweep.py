@@ -10,8 +10,8 @@ from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from ..training.picture_grid import labelled_grid
 from ..training.processes import from_main
-from .config import Term
 from .images import picture, read_shard
+from .recipe import Term
 from .results import SWEEP, Sweep
 from .run import Evaluation
 from .tasks import Sweep as Task

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from ..config import METHODS, PRIOR
+from ..config import METHODS
+from ..recipe import PRIOR
 from ..results import Result, Results
 from . import words
 

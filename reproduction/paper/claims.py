@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-from ...evaluation.config import METHODS, PRIOR
+from ...evaluation.config import METHODS
+from ...evaluation.recipe import PRIOR
 from ...evaluation.report import words
 from ...evaluation.results import Result, Results, Sweep
 from .numbers import DREAMBOOTH, OURS, PAPER, TEXTUAL_INVERSION

@@ -1,5 +1,7 @@
 """The training benchmark: its rows agree with what was measured, and its loops do the work they stand for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_gcfg.benchmarks import training, training_files, training_loops
@@ -81,9 +83,8 @@ def test_the_peer_does_all_of_its_work_in_every_step(folder, monkeypatch):
             return _original(self, x, *args, **kwargs)
 
         monkeypatch.setattr(kind, name, counted)
-    checkpoint = training_files.make_checkpoint(folder, "sd15")
-    setting = training_loops.Setting(checkpoint, 64, BATCH, "fp32")
-    with training_loops.theirs(setting, "sd15", fused=False) as step:
+    checkpoint = training_files.make_checkpoint(bench(folder))
+    with training_loops.theirs(replace(bench(folder), batch=BATCH), "fp32", fused=False) as step:
         step()
     assert sorted(calls, key=str) == sorted(
         [(AutoencoderKL, BATCH), (CLIPTextModel, BATCH), (UNet2DConditionModel, BATCH)], key=str

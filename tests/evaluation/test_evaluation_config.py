@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfyui_gcfg.evaluation.config import TASKS, Config, Term
+from comfyui_gcfg.evaluation.config import TASKS, Config
 from comfyui_gcfg.evaluation.config_file import fields, load_config
 from comfyui_gcfg.evaluation.measures import labelled_prompts
+from comfyui_gcfg.evaluation.recipe import Term
 from comfyui_gcfg.evaluation.tasks import ALIGNMENT_TOLERANCE
 from comfyui_gcfg.gcfg.errors import GuidanceError
 

@@ -5,9 +5,9 @@ from copy import deepcopy
 import pytest
 import torch
 from comfyui_gcfg.evaluation import models as networks
-from comfyui_gcfg.evaluation.config import Recipe, Term
 from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.evaluation.recipe import Recipe, Term
 from comfyui_gcfg.evaluation.sampling import denoiser
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
