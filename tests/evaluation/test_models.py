@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation import texts as texts_module
-from comfyui_gcfg.evaluation.config import Recipe, Term
+from comfyui_gcfg.evaluation import models as networks
 from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.evaluation.recipe import Recipe, Term
 from comfyui_gcfg.evaluation.sampling import denoiser
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
@@ -102,13 +102,13 @@ def test_a_recipe_becomes_networks_and_what_they_read(models, world, checkpoint)
 def test_each_prompt_is_encoded_once_by_an_encoder_read_once(models, monkeypatch):
     calls = {"load_text_models": 0, "encode_ids": 0}
     for name in calls:
-        original = getattr(texts_module, name)
+        original = getattr(networks, name)
 
         def counted(*args, name=name, original=original):
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(texts_module, name, counted)
+        monkeypatch.setattr(networks, name, counted)
     recipe = Recipe(terms=(Term(prompt="{prompt}"), Term(model="tuned", prompt="{prompt}")))
     first = models.guidance(recipe, (1.0, 1.0), "a b")
     second = models.guidance(recipe, (2.0, 1.0), "a b")
