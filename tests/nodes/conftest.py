@@ -1,5 +1,6 @@
 """A ComfyUI in this process, on the CPU, and small models of it."""
 
+import contextlib
 import gc
 import importlib.util
 import sys
@@ -140,10 +141,22 @@ def gcfg(comfy):
 
 
 @pytest.fixture(scope="session")
-def custom_advanced(comfy):
+def extra(comfy):
+    """A module of ComfyUI's own further nodes; None where this version has none of the name."""
+
+    def find(name):
+        for package in ("comfy_extras", "comfy_extras.nodes"):
+            with contextlib.suppress(ModuleNotFoundError):
+                return importlib.import_module(f"{package}.{name}")
+        return None
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def custom_advanced(comfy, extra):
     """The latent of the stock SamplerCustomAdvanced with a guider: Euler, the schedule "normal"."""
-    found = importlib.util.find_spec("comfy_extras.nodes_custom_sampler")
-    custom = importlib.import_module(f"comfy_extras.{'' if found else 'nodes.'}nodes_custom_sampler")
+    custom = extra("nodes_custom_sampler")
 
     def sample(guider, latent, steps, seed=1):
         sampling = guider.model_patcher.get_model_object("model_sampling")
