@@ -1,7 +1,5 @@
 """GCFG Model in ComfyUI's own samplers: the very run of a GCFG KSampler on the same sum, and nothing left behind."""
 
-import importlib
-
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
@@ -83,24 +81,16 @@ def test_image_to_image_under_a_mask(gcfg, stock, prior, prompt, cases):
 
 
 @pytest.fixture
-def custom(comfy):
+def custom(custom_advanced, latent):
     """SamplerCustomAdvanced's run of any guider."""
-
-    def run(guider):
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "karras", 4)
-        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
-
-    return run
+    return lambda guider: custom_advanced(guider, latent, 4)["samples"]
 
 
-def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(comfy, custom, prior, prompt, cases):
+def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(extra, custom, prior, prompt, cases):
     """As with Flux, whose guidance is distilled: a relative term is its negative prompt."""
     from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
 
-    basic = importlib.import_module("comfy_extras.nodes_custom_sampler").Guider_Basic(
-        with_terms(prior, *cases["relative"])
-    )
+    basic = extra("nodes_custom_sampler").Guider_Basic(with_terms(prior, *cases["relative"]))
     basic.set_conds(prompt(1))
     assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
 
@@ -210,10 +200,8 @@ class TestBadInput:
         with pytest.raises(GuidanceError, match=rf"^Guidance Term 'x': {place} comes from a GCFG Model node"):
             stock(with_terms(prior, term), prompt(1), prompt(2), latent)
 
-    def test_a_guider_with_a_sum_of_its_own(self, custom, prior, prompt, cases):
-        dual = importlib.import_module("comfy_extras.nodes_custom_sampler").Guider_DualCFG(
-            with_terms(prior, *cases["two"])
-        )
+    def test_a_guider_with_a_sum_of_its_own(self, extra, custom, prior, prompt, cases):
+        dual = extra("nodes_custom_sampler").Guider_DualCFG(with_terms(prior, *cases["two"]))
         dual.set_conds(prompt(1), prompt(2), prompt(3))
         dual.set_cfg(5.0, 2.0)
         with pytest.raises(

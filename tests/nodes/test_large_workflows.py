@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.workflow import to_prompt
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("zoo.py")))["FAMILIES"]
@@ -250,7 +251,7 @@ def of_outputs(prompt, sampler, **more):
 def difference(a, b):
     """The largest, relative to the largest value."""
     assert all(torch.isfinite(part).all() and float(part.std()) > 0 for part in b)
-    return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
+    return max(relative(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -293,28 +294,15 @@ def test_wan_in_one_sampler_is_two_samplers_in_a_row(load, run, models, record_p
         "positive": term["high noise"]["conditioning"],
         "negative": term["high noise, negative"]["conditioning"],
     }
-    first = {
-        "model": term["high noise"]["model"],
-        "add_noise": "enable",
-        "latent_image": settings["latent_image"],
-        "start_at_step": 0,
-        "end_at_step": 10,
-        "return_with_leftover_noise": "enable",
-    }
-    second = {
-        "model": term["low noise"]["model"],
-        "add_noise": "disable",
-        "latent_image": ["first", 0],
-        "start_at_step": 10,
-        "end_at_step": 20,
-        "return_with_leftover_noise": "disable",
-    }
-    stock = of_outputs(
-        prompt,
-        sampler,
-        first={"class_type": "KSamplerAdvanced", "inputs": common | first},
-        second={"class_type": "KSamplerAdvanced", "inputs": common | second},
-    )
+
+    def half(label, add_noise, latent, start, end, leftover):
+        own = {"model": term[label]["model"], "add_noise": add_noise, "latent_image": latent}
+        own |= {"start_at_step": start, "end_at_step": end, "return_with_leftover_noise": leftover}
+        return {"class_type": "KSamplerAdvanced", "inputs": common | own}
+
+    first = half("high noise", "enable", settings["latent_image"], 0, 10, "enable")
+    second = half("low noise", "disable", ["first", 0], 10, 20, "disable")
+    stock = of_outputs(prompt, sampler, first=first, second=second)
     calls.clear()
     expected = run(keeping(stock, ["second", 0]))["kept"]
     assert calls == [(0, 2)] * 10 + [(1, 2)] * 10

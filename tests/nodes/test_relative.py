@@ -1,7 +1,5 @@
 """Terms that are measured from a prediction of their own: sums by hand in float64, and stock guiders."""
 
-import contextlib
-import importlib
 import inspect
 
 import pytest
@@ -10,6 +8,7 @@ from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.nodes.guidance import GCFGGuidanceTerm
+from comfyui_gcfg.testkit import checks
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -130,24 +129,10 @@ def test_known_guidances_take_the_least_evaluations(at_one_level, term, calls, i
     assert sum(batch for _, batch in calls) == 2 * count
 
 
-def extra(module):
-    for name in (f"comfy_extras.{module}", f"comfy_extras.nodes.{module}"):
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(name)
-    return None
-
-
 @pytest.fixture
-def custom(comfy):
+def custom(custom_advanced, latent):
     """SamplerCustomAdvanced's run of any guider."""
-
-    def run(guider):
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "karras", 4)
-        return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, seed=1)
-
-    return run
+    return lambda guider: custom_advanced(guider, latent, 4)["samples"]
 
 
 def ours(model, unconditional, *terms):
@@ -156,12 +141,8 @@ def ours(model, unconditional, *terms):
     return GCFGGuider(model, unconditional, terms, "GCFG Guider")
 
 
-def distance(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
 @pytest.mark.parametrize("style", ["regular", "nested"])
-def test_dual_cfg_guider_is_a_term_and_a_relative_one(custom, prior, prompt, style):
+def test_dual_cfg_guider_is_a_term_and_a_relative_one(extra, custom, prior, prompt, style):
     positive, middle, negative = prompt(1), prompt(2), prompt(3)
     stock = extra("nodes_custom_sampler").Guider_DualCFG(prior)
     stock.set_conds(positive, middle, negative)
@@ -171,10 +152,10 @@ def test_dual_cfg_guider_is_a_term_and_a_relative_one(custom, prior, prompt, sty
     weight = 6.0 * (1.5 if style == "nested" else 1.0)
     relative = GuidanceTerm(weight, conditioning=positive, relative_conditioning=middle)
     got = custom(ours(prior, negative, GuidanceTerm(1.5, conditioning=middle), relative))
-    assert distance(got, custom(stock)) < REORDERED
+    assert checks.relative(got, custom(stock)) < REORDERED
 
 
-def test_dual_model_guider_is_a_term_relative_to_the_other_model(custom, prior, concept, prompt):
+def test_dual_model_guider_is_a_term_relative_to_the_other_model(extra, custom, prior, concept, prompt):
     dual = getattr(extra("nodes_custom_sampler"), "Guider_DualModel", None)
     if dual is None:
         pytest.skip("this ComfyUI has no Dual Model CFG Guider")
@@ -183,7 +164,7 @@ def test_dual_model_guider_is_a_term_relative_to_the_other_model(custom, prior, 
     stock.set_cfg(4.0)
     own = GuidanceTerm(1.0, conditioning=prompt(1))
     relative = GuidanceTerm(3.0, conditioning=prompt(1), relative_model=concept, relative_conditioning=prompt(2))
-    assert distance(custom(ours(prior, prompt(3), own, relative)), custom(stock)) < REORDERED
+    assert checks.relative(custom(ours(prior, prompt(3), own, relative)), custom(stock)) < REORDERED
 
 
 def related(term, *relation):
@@ -194,7 +175,7 @@ def related(term, *relation):
 
 
 @pytest.mark.parametrize("against", ["text", ""])
-def test_perp_neg_is_a_negative_term_perpendicular_to_the_positive_one(custom, prior, prompt, against):
+def test_perp_neg_is_a_negative_term_perpendicular_to_the_positive_one(extra, custom, prior, prompt, against):
     guider = getattr(extra("nodes_perpneg"), "Guider_PerpNeg", None)
     if guider is None:
         pytest.skip("this ComfyUI has no Perp-Neg Guider")
@@ -205,8 +186,8 @@ def test_perp_neg_is_a_negative_term_perpendicular_to_the_positive_one(custom, p
     negative = GuidanceTerm(-5.0 * 0.8, conditioning=prompt(2), label="not")
     expected = custom(stock)
     got = custom(ours(prior, prompt(3), positive, related(negative, "perpendicular", against, 1.0)))
-    assert distance(got, expected) < 10 * REORDERED
-    assert distance(custom(ours(prior, prompt(3), positive, negative)), expected) > 1e-2
+    assert checks.relative(got, expected) < 10 * REORDERED
+    assert checks.relative(custom(ours(prior, prompt(3), positive, negative)), expected) > 1e-2
 
 
 def test_relations_of_several_terms_are_what_the_loop_says(at_one_level, term):
@@ -236,7 +217,7 @@ def test_a_relation_rests_where_the_other_does_not_act(gcfg, prior, concept, pro
     early = GuidanceTerm(3.0, 0.0, 0.0, conditioning=prompt(1), label="early")
     late = GuidanceTerm(-2.0, model=concept, conditioning=prompt(2))
     got = gcfg(prior, prompt(0), [early, related(late, "limit", "early", 0.0)], latent)
-    assert distance(got, gcfg(prior, prompt(0), [early, late], latent)) < REORDERED
+    assert checks.relative(got, gcfg(prior, prompt(0), [early, late], latent)) < REORDERED
 
 
 def test_a_pair_with_a_relation_is_no_pair(gcfg, prior, prompt, latent, count_forwards):
@@ -248,7 +229,7 @@ def test_a_pair_with_a_relation_is_no_pair(gcfg, prior, prompt, latent, count_fo
     assert sum(batch for _, batch in calls) == 3
 
 
-def test_perp_neg_is_made_of_terms_around_the_empty_prompt(custom, prior, prompt):
+def test_perp_neg_is_made_of_terms_around_the_empty_prompt(extra, custom, prior, prompt):
     """Its parts: the positive and the negative are both measured from the empty prompt, whatever the sampler's is."""
     guider = getattr(extra("nodes_perpneg"), "Guider_PerpNeg", None)
     if guider is None:
@@ -259,11 +240,11 @@ def test_perp_neg_is_made_of_terms_around_the_empty_prompt(custom, prior, prompt
     stock.set_cfg(5.0, 0.0)  # its third part, the projected negative, is no sum
     own = GuidanceTerm(1.0, conditioning=empty)
     relative = GuidanceTerm(5.0, conditioning=positive, relative_conditioning=empty)
-    assert distance(custom(ours(prior, negative, own, relative)), custom(stock)) < REORDERED
+    assert checks.relative(custom(ours(prior, negative, own, relative)), custom(stock)) < REORDERED
 
 
 def test_a_guidance_node_on_a_terms_model_sees_what_the_term_is_measured_from(
-    gcfg, stock, prior, concept, prompt, latent
+    extra, gcfg, stock, prior, concept, prompt, latent
 ):
     """RescaleCFG on the term's model: the sum is stock's KSampler on that model, with its own negative prompt."""
     node = extra("nodes_model_advanced").RescaleCFG
@@ -272,9 +253,9 @@ def test_a_guidance_node_on_a_terms_model_sees_what_the_term_is_measured_from(
     own = GuidanceTerm(1.0, model=concept, conditioning=prompt(2))
     relative = GuidanceTerm(6.0, model=rescaled, conditioning=prompt(1), relative_conditioning=prompt(2))
     got = gcfg(prior, prompt(3), [own, relative], latent)
-    assert distance(got, expected) < 10 * REORDERED
+    assert checks.relative(got, expected) < 10 * REORDERED
     plain = stock(concept, prompt(1), prompt(2), latent, cfg=6.0)
-    assert distance(got, plain) > 1e-2
+    assert checks.relative(got, plain) > 1e-2
 
 
 def test_a_guidance_node_on_the_samplers_model_sees_the_weight_of_what_is_measured_from_the_base(
@@ -325,7 +306,7 @@ def test_the_cache_leaves_a_relative_term_and_its_reference_out_together(gcfg, m
         [terms[0], term(2.0, "lora", 2, None, 3, cache_rule=CacheRule(every=1))],
         latent,
     )
-    assert distance(each, always) < REORDERED
+    assert checks.relative(each, always) < REORDERED
 
 
 def test_a_patch_that_reads_the_index_sees_the_reference_as_the_unconditional(gcfg, concept, prior, prompt, latent):
