@@ -19,7 +19,7 @@ from ..testkit.comfyui import PACK, find_comfyui, uses_cpu
 from ..testkit.errors import CommandError
 from ..testkit.model_files import CONCEPT, PRIOR
 from ..testkit.server import Server
-from ..testkit.workflow import problems, to_prompt, unknown_nodes
+from ..testkit.workflow import problems, refusing_nodes, to_prompt, unknown_nodes
 from .digits import WORKFLOW as DIGITS
 from .digits import digit_sheet
 from .sheet import Entry, contact_sheet, side_by_side
@@ -81,13 +81,17 @@ def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
 def prepare(
     client: Client, paths: list[Path], own: dict[str, str] | None, size: int | None, steps: int | None
 ) -> list[Job]:
-    """Convert the workflows for this server, leaving out those whose nodes or files are not there."""
+    """Convert the workflows for this server, leaving out those whose files or nodes it lacks, or is too old for."""
     jobs = []
     for path in paths:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         unknown = unknown_nodes(workflow, client.object_info)
         if unknown:
             print(f"skipped {path.stem}: this ComfyUI has no node {', '.join(unknown)}")
+            continue
+        refusing = refusing_nodes(workflow, client.object_info)
+        if refusing:
+            print(f"skipped {path.stem}: this ComfyUI is too old for {', '.join(refusing)}")
             continue
         prompt = prompts.shrunk(to_prompt(workflow, client.object_info), size, steps)
         if own is None:

@@ -43,6 +43,11 @@ PROMPTS = {
     "a portrait of an old man with a white beard": "a photo of a digit, five",
     "a portrait of a woman with red hair, wearing glasses": "seven",
     "a photo of face": "a photo of a digit",
+    "a garden with a stone wall, summer evening": "a three on a white background",
+    "an old man with a white beard, sitting on a bench": "a photo of a digit, red",
+    "sunglasses, hat": "a photo of a digit, blue",
+    "a woman with red hair, reading a book": "a photo of a digit, green",
+    "glasses, jewellery": "a photo of a digit, red",
     "4.5 | sunflower\n3 | in Van Gogh style\n-1.5 @0-60% | blurry": (
         "4.5 | seven\n3 | a photo of a digit, red\n-1.5 @0-60% | a photo of a digit, blue"
     ),

@@ -14,6 +14,7 @@ from comfyui_gcfg.demo.__main__ import main
 from PIL import Image
 
 COMMAND = [sys.executable, "-m", "comfyui_gcfg.demo"]
+OWN_FILES = ("concept-generation", "stylised-control", "gcfg-model-upscale")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -181,7 +182,7 @@ def test_a_stopped_demo_leaves_no_server(start, folder, number, code):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--only", "nothing"], r"--only nothing: no such workflow; choose from concept-generation, .*\."),
+        (["--only", "nothing"], r"--only nothing: no such workflow; choose from autoguidance, .*\."),
         (["--device", "toaster"], r"--device toaster: expected auto, cpu or gpu\."),
         (["--model", "gone.safetensors"], r"MODEL: expected an SD1\.5 file, found none at gone\.safetensors; .*\."),
         (["--concept", "x.safetensors"], r"CONCEPT needs MODEL, the SD1\.5 checkpoint that it was trained from\."),
@@ -210,15 +211,22 @@ def test_a_wrong_comfyui_path(called, folder, monkeypatch):
     )
 
 
-def test_own_files_run_what_they_suffice_for(start, folder, model_folder):
-    """MODEL= and CONCEPT= stand in for the workflows' names; workflows that need more are named and left out."""
+def test_own_files_run_what_they_suffice_for(start, folder, model_folder, comfyui_path):
+    """MODEL= and CONCEPT= stand in for the workflows' names; workflows that need more are named and left out.
+
+    So is, on the oldest ComfyUI, that of GCFG Model.
+    """
     model, concept = folder / "my model.safetensors", folder / "my-concept.safetensors"
     model.symlink_to(model_folder / "checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors")
     concept.symlink_to(model_folder / "unet" / "ffhq-concept.safetensors")
     demo = start(
-        *("--only", "concept-generation", "--only", "stylised-control", "--size", "64", "--steps", "2"),
+        *(option for name in OWN_FILES for option in ("--only", name)),
+        *("--size", "64", "--steps", "2"),
         *("--model", str(model), "--concept", str(concept)),
     )
     assert demo.wait(180) == 0, log_of(folder)
     assert "skipped stylised-control: it also needs Counterfeit-V3.0_fp16.safetensors" in log_of(folder)
     assert (folder / "output" / "concept-generation.png").exists()
+    oldest = comfyui_path is None  # the pip-packaged one
+    assert ("skipped gcfg-model-upscale: this ComfyUI is too old for GCFGModel" in log_of(folder)) == oldest
+    assert (folder / "output" / "gcfg-model-upscale-refined.png").exists() != oldest

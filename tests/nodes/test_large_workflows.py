@@ -23,6 +23,7 @@ MODELS = {  # file: (family, seed)
     "ideogram4_unconditional_fp8_scaled.safetensors": ("ideogram4", 1),
     "z_image_bf16.safetensors": ("zimage", 0),
     "ltx-2-19b-dev-fp8.safetensors": ("ltxav", 0),
+    "flux1-dev.safetensors": ("flux", 0),
 }
 SMALL = {  # by node: what is smaller than in the file
     "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
@@ -34,6 +35,7 @@ SMALL = {  # by node: what is smaller than in the file
 PACK = ("guidance", "sampling")
 # A latent that is handed from one sampler to the next is scaled back to a clean one and noised again, in float32.
 HANDED_ON = 1e-5
+REORDERED = 1e-4  # the same predictions added in another order, over 20 steps
 
 
 class Text:
@@ -185,6 +187,7 @@ def run(mappings, models, monkeypatch, tmp_path):
         loaders = {
             "UNETLoader": (lambda file: (models(file),), ("MODEL",)),
             "CLIPLoader": (lambda file: (Text(family),), ("CLIP",)),
+            "DualCLIPLoader": (lambda file: (Text(family),), ("CLIP",)),
             "VAELoader": (lambda file: (Decoder(),), ("VAE",)),
             "CheckpointLoaderSimple": (lambda file: (models(file), None, Decoder()), ("MODEL", "CLIP", "VAE")),
             "LTXAVTextEncoderLoader": (lambda file: (Text(family),), ("CLIP",)),
@@ -262,6 +265,7 @@ def difference(a, b):
         ("ideogram4-two-models", "SamplerCustomAdvanced", ["text", "text, at the end"]),
         ("zimage-text-and-style", "GCFGKSampler", ["subject", "style"]),
         ("ltx2-audio-video", "SamplerCustomAdvanced", ["scene", "sound"]),
+        ("flux-negative-prompt", "SamplerCustomAdvanced", ["against the negative"]),
     ],
 )
 def test_runs_to_its_end_and_every_term_acts(load, run, tmp_path, name, sampler, labels):
@@ -364,3 +368,19 @@ def test_ltx_with_equal_streams_and_no_sound_term_is_stock_cfg(load, run):
     expected = run(keeping(stock, [sampler, 0]))["kept"]
     assert [part.ndim for part in expected] == [5, 4]
     assert all(map(torch.equal, got, expected))
+
+
+def test_flux_against_a_negative_prompt_is_stock_cfg_of_one_more(load, run):
+    """D + w (D - D_neg) = D_neg + (1 + w) (D - D_neg), at every step."""
+    prompt = load("flux-negative-prompt")
+    sampler, guider = node_of(prompt, "SamplerCustomAdvanced"), node_of(prompt, "GCFGGuider")
+    term = term_of(prompt, "against the negative")
+    got = run(keeping(changed(prompt, term, end_percent=1.0), [sampler, 0]))["kept"]
+    inputs = {
+        "model": prompt[guider]["inputs"]["model"],
+        "positive": prompt[guider]["inputs"]["unconditional"],
+        "negative": prompt[term]["inputs"]["relative_conditioning"],
+        "cfg": 1.0 + prompt[term]["inputs"]["weight"],
+    }
+    stock = {**prompt, guider: {"class_type": "CFGGuider", "inputs": inputs}}
+    assert difference(got, run(keeping(stock, [sampler, 0]))["kept"]) < REORDERED
