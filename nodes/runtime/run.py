@@ -56,7 +56,7 @@ class Run:
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        self.cache = self.new_cache()
+        self.cache = DeltaCache(self.steps) if self.plan.caches else None
         self._override_warned = False
         # Hooks keep things in the options that they are handed, so these are one dict all run long.
         self._options_of_rules: dict[int, dict[str, Any]] = {}
@@ -78,10 +78,6 @@ class Run:
         )
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
 
-    def new_cache(self) -> DeltaCache | None:
-        """An empty cache of deltas, where any term's may be carried on."""
-        return DeltaCache(self.steps) if self.plan.caches else None
-
     def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
         """The guided denoised prediction at one noise level.
 
@@ -92,55 +88,60 @@ class Run:
             seed: of the run.
             cfg: the guider's, which a wrapper may have set.
         """
-        step = self.step(self.plan, self.cache, sigma, options, cfg)
+        step = self._step(sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
-        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
-        around = Around(step.base or BASE, own)
-        predictions = predict(self.lanes, step.wanted, around, x, sigma, options, seed)
-        return self.combined(step, predictions, self.cache, x, sigma, options)
+        return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
 
-    def step(
-        self,
-        plan: GuidancePlan,
-        cache: DeltaCache | None,
-        sigma: Tensor,
-        options: dict[str, Any],
-        cfg: float | None = None,
+    def around(self, base: Tensor, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
+        """The guidance sum around an unconditional prediction that was made elsewhere.
+
+        Args:
+            base: that prediction, (B, C, *spatial).
+            x: noisy latent, of the same shape.
+            sigma: (B,), all equal.
+            options: the sampled model's options at this step, without its guidance hooks.
+            seed: of the run.
+        """
+        step = self._step(sigma, options, base_is_given=True)
+        step = replace(step, wanted=tuple(key for key in step.wanted if key != BASE))
+        predictions = {**self._predicted(step, x, sigma, options, seed), BASE: base}
+        return self._combined(step, predictions, x, sigma, options)
+
+    def _predicted(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Predictions:
+        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
+        return predict(self.lanes, step.wanted, Around(step.base or BASE, own), x, sigma, options, seed)
+
+    def _step(
+        self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
-        acting = plan.steady if plan.steady is not None and not self.ranged else self._acting(plan, float(sigma[0]))
+        steady = self.plan.steady
+        acting = steady if steady is not None and not self.ranged else self._acting(float(sigma[0]))
         two = None
         if cfg is not None and not isinstance(cfg, Weight):
             acting, two = self._overridden(acting, cfg)
-        eager = bool(options.get("disable_cfg1_optimization"))
+        eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
-        return step if cache is None else self._with_carried_on(step, plan, cache, float(sigma[0]))
+        return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
 
-    def combined(
-        self,
-        step: Step,
-        predictions: Predictions,
-        cache: DeltaCache | None,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
+    def _combined(
+        self, step: Step, predictions: Predictions, x: Tensor, sigma: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The guidance sum of one evaluation, through the guidance hooks of the models, and its reading.
 
         Args:
             step: what it is made of.
-            predictions: of the keys that the step wants.
-            cache: adds those that were carried on.
+            predictions: of the keys that the step wants; the cache adds those that are carried on.
             x: noisy latent, (B, C, *spatial).
             sigma: (B,).
             options: the sampled model's options at this step.
         """
         carried: dict[DeltaName, tuple[Tensor, Tensor | None]] = {}
-        if cache is not None:
-            carried = cache.complete(predictions)
+        if self.cache is not None:
+            carried = self.cache.complete(predictions)
             predictions = {**{key: prediction for (key, _), (prediction, _) in carried.items()}, **predictions}
         if self.known.wrapped:
             step = self._with_weights_that_wrappers_set(step)
@@ -170,7 +171,7 @@ class Run:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
+    def _acting(self, sigma: float) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
@@ -182,21 +183,21 @@ class Run:
         def keys(term: ActiveTerm) -> list[str]:
             return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-        return tuple(term for term in plan.active(sigma) if all(map(takes_part, keys(term))))
+        return tuple(term for term in self.plan.active(sigma) if all(map(takes_part, keys(term))))
 
-    def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
+    def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""
         base = step.base or self.keys[step.acting[0].index]
         members = []
         for term in step.acting:
-            scheduled, key = plan.terms[term.index], self.keys[term.index]
+            scheduled, key = self.plan.terms[term.index], self.keys[term.index]
             if key != base or term.relative:
                 apart, reference = term.index not in self.known.on_base, self.references.get(term.index)
                 rule, inside = scheduled.term.cache_rule, scheduled.caches_at(sigma)
                 members.append(Member(key, term.weight, rule, inside, apart, reference))
         known = {base, *(key for member in members for key in member.keys)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
-        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))
+        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma, base_is_given), *beside])))
 
     def _overridden(self, acting: Terms, cfg: float) -> tuple[Terms, Terms | None]:
         """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override).
