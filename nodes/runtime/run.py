@@ -9,16 +9,16 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import Delta, combine, difference, effective_cond, pair
+from ...gcfg.combine import Delta, pair
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
-from ...gcfg.relations import Relation, related
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Around, Lane, Predictions, covers, predict
 from .readings import Readings
 from .step import Known, Step, Terms, decided
+from .summing import Summing
 from .term_guider import TermGuider, Weight
 
 
@@ -58,8 +58,6 @@ class Run:
     def __post_init__(self) -> None:
         self.cache = DeltaCache(self.steps) if self.plan.caches else None
         self._override_warned = False
-        # Hooks keep things in the options that they are handed, so these are one dict all run long.
-        self._options_of_rules: dict[int, dict[str, Any]] = {}
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
 
     def begin(self) -> None:
@@ -76,6 +74,8 @@ class Run:
             frozenset(place for place, rule in self.rules.items() if rule.get("disable_cfg1_optimization")),
             lambda a, b: lanes[a] is lanes[b] and hooks.same_hooks(self.rules.get(a), self.rules.get(b)),
         )
+        relations = [scheduled.term.relations for scheduled in self.plan.terms]
+        self._summing = Summing(self.known, self.lanes[0], self._lane_of, self.rules, relations, self.looked_at)
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
 
     def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
@@ -156,17 +156,8 @@ class Run:
 
         acting = [delta(term) for term in step.acting]
         around = {term.index for term in step.around}
-        guided = [
-            self._by_own_rule(one, step, predictions, x, sigma, options) if one.term.index in self.known.ruled else one
-            for one in acting
-            if one.term.index in around
-        ]
-        if any(one.term.related for one in guided):
-            guided = self._related(step, predictions, guided, float(sigma[0]))
-        if step.hooked:
-            denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
-        else:
-            denoised = self._sum(step, predictions, guided)
+        own = [one for one in acting if one.term.index in around]
+        guided, denoised = self._summing.of(step, predictions, own, x, sigma, options)
         if self.readings is not None:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
@@ -232,17 +223,9 @@ class Run:
 
         return replace(step, acting=tuple(map(own, step.acting)), around=tuple(map(own, step.around)))
 
-    def _is_single(self, step: Step) -> bool:
-        """Whether it is stock guidance of the sampler's own model: one conditional prediction without a rule."""
-        if len(step.around) != 1:
-            return False
-        (term,) = step.around
-        plain = term.mask is None and not term.relative and not term.related
-        return plain and term.index in self.known.on_base and term.index not in self.known.ruled
-
     def _is_stock(self, step: Step) -> bool:
         return (
-            self._is_single(step)
+            self.known.is_single(step.around)
             and (step.base is None or step.base in self.lanes[0].keys)
             and step.base != self.keys[step.around[0].index]
         )
@@ -263,111 +246,3 @@ class Run:
         if self.readings is not None:
             self.readings.take_seen(step, x, sigma, denoised)
         return denoised
-
-    def _by_own_rule(
-        self,
-        one: Delta,
-        step: Step,
-        predictions: Predictions,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> Delta:
-        """What hooks of a term's own model make of its prediction, H(R_i, D_i, w_i); its weight is in it."""
-        prediction, term, reference = one
-        key = self.keys[term.index]
-        lane = self._lane_of[key]
-        own = hooks.without_hooks(options if lane is self.lanes[0] else lane.options)
-        own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
-        kept = self._options_of_rules.setdefault(term.index, {})
-        kept.update({**own, **self.rules.get(term.index, {})})
-        if reference is None:
-            uncond = step.base if step.base in lane.keys else BASE
-            base = None if step.base is None else predictions[step.base]
-        else:
-            uncond, base = self.references[term.index], reference
-        at = hooks.Situation(
-            lane.patcher.model,
-            kept,
-            x,
-            sigma,
-            lane.conds[key],
-            None if base is None else lane.conds.get(uncond),
-        )
-        with lane.at_work():
-            # Copies, since hooks may write into what they are given, and others measure from the same base.
-            guide = hooks.guided
-            if placing.is_replaced(comfy.samplers.sampling_function):
-                guide = placing.guided_by_sampling_function
-            result = guide(at, prediction.clone(), None if base is None else base.clone(), term.weight)
-            return Delta(result, replace(term, weight=1.0), reference)
-
-    def _related(self, step: Step, predictions: Predictions, guided: Sequence[Delta], sigma: float) -> list[Delta]:
-        """The deltas after the relations of their terms to others."""
-        assert step.base is not None  # `needs_base` sees to it
-        base = predictions[step.base]
-        weighted = {one.term.index: difference(one, base).mul_(one.term.weight) for one in guided}
-
-        def other(place: int, relation: Relation) -> Tensor | None:
-            if relation.against:
-                return weighted.get(self.looked_at[relation.against])
-            rest = [delta for index, delta in weighted.items() if index != place]
-            return sum(rest[1:], rest[0]) if rest else None
-
-        def changed(one: Delta) -> Delta:
-            place = one.term.index
-            relations = self.plan.terms[place].term.relations
-            found = related(relations, weighted[place], [other(place, relation) for relation in relations], sigma)
-            measured_from = base if one.reference is None else one.reference
-            return Delta(measured_from + found, replace(one.term, weight=1.0, mask=None), one.reference)
-
-        return [changed(one) if one.term.related else one for one in guided]
-
-    def _sum(self, step: Step, predictions: Predictions, guided: Sequence[Delta]) -> Tensor:
-        if len(guided) == 1 and guided[0].term.index in self.known.ruled:
-            result, term, reference = guided[0]
-            if term.mask is None and reference is None:
-                return result  # the rule's own, to the last bit
-        base = None if step.base is None else predictions[step.base]
-        if base is not None and not guided:
-            return base
-        return combine(base, guided)
-
-    def _through_hooks(
-        self,
-        step: Step,
-        predictions: Predictions,
-        guided: Sequence[Delta],
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The sum through the hooks of the sampler's model."""
-        lane = self.lanes[0]
-        key = self._key_for_hooks(step)
-        uncond = step.base if step.base is None or step.base in lane.keys else BASE
-        at = hooks.Situation(
-            lane.patcher.model, options, x, sigma, lane.conds[key], None if uncond is None else lane.conds[uncond]
-        )
-        predictions = {key: prediction.clone() for key, prediction in predictions.items()}  # hooks may write into them
-        base = None if step.base is None else predictions[step.base]
-        if self._is_single(step):
-            return hooks.guided(at, predictions[key], base, step.around[0].weight)
-        weight = total_weight(step.around)
-
-        def effective() -> tuple[Tensor, float]:
-            assert base is not None  # `step` sees to it where hooks are
-            return effective_cond(base, guided, weight)
-
-        return hooks.guided_sum(
-            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], base
-        )
-
-    def _key_for_hooks(self, step: Step) -> str:
-        """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
-        on_base = [term for term in step.acting if term.index in self.known.on_base]
-        on_base = [term for term in on_base if not term.relative] or on_base
-        on_base = [term for term in on_base if self.keys[term.index] != step.base] or on_base
-        if not on_base:
-            return BASE
-        return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]
