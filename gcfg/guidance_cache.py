@@ -119,13 +119,14 @@ class DeltaCache:
         self._base_step = -1  # at which the base was evaluated last
         self._asked = _Asked((), "", 1.0)
 
-    def wanted(self, base: str, members: Sequence[Member], sigma: float) -> list[str]:
+    def wanted(self, base: str, members: Sequence[Member], sigma: float, base_is_given: bool = False) -> list[str]:
         """The predictions to evaluate: the terms that are due with the base, or the anchor alone.
 
         Args:
             base: names the prediction that deltas are measured from.
             members: the terms that act, without the base.
             sigma: noise level.
+            base_is_given: whether the base is there anyhow, so that nothing has to stand in for it.
         """
         step = self._steps.at(sigma)
         if step < self._step or base != self._base:  # noise was added back, or deltas mean something else now
@@ -133,7 +134,7 @@ class DeltaCache:
         self._step, self._base = step, base
         due = [member for member in members if self._due(member, sigma)]
         anchor = base
-        if members and (not due or self._base_rests(members)):
+        if members and not base_is_given and (not due or self._base_rests(members)):
             anchor = _anchor(due or members, base)
         if anchor == base:
             self._base_step = step

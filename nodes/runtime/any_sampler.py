@@ -1,7 +1,8 @@
 """Terms on a model: whatever samples it with stock guidance samples the sum.
 
-ComfyUI lets a model stand around its whole run. There the run is handed to a guider of ours that has the sampler's own
-prompts and cfg as its first term, so that it is the very run of a GCFG KSampler.
+ComfyUI lets a model stand around its whole run. There a run with stock guidance is handed to a guider of ours that has
+the sampler's own prompts and cfg as its first term, so that it is the very run of a GCFG KSampler. A guider of another
+pack's runs as it is, and the terms are added where it combines its predictions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.terms import GuidanceTerm
-from . import latents, versions
+from . import hooks, latents, versions
 from .guider import GCFGGuider
 from .lanes import BASE, FIRST
 from .live import Watch
@@ -77,9 +78,17 @@ class _Terms:
         """The run of the sampler's guider, with the terms.
 
         Raises:
-            GuidanceError: if that guider is not stock guidance, or as `GCFGGuider` does.
+            GuidanceError: if that guider does not tell its negative prediction, or as `GCFGGuider` does.
         """
-        guider = self._guider(executor.class_obj)
+        stock = executor.class_obj
+        within = None
+        if _is_stock(stock):
+            guider = self._guider(stock)
+        else:
+            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, NODE, self._watch)
+            given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
+            arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
+            within = sampler = _Within(stock, guider, lambda: executor(*arguments, **given), seed)
         # Here ComfyUI has packed the streams of a latent, and told the callback of packed ones.
         packed = latent_shapes is not None and len(latent_shapes) > 1
         if packed:
@@ -89,26 +98,91 @@ class _Terms:
         samples: Tensor = guider.sample(
             noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
         )
+        if within is not None:
+            return within.result
         return _packed(samples) if packed else samples
 
     def _guider(self, stock: Any) -> GCFGGuider:
-        """Our guider with the prompts and the cfg of the sampler's."""
-        plain = comfy.samplers.CFGGuider
+        """Our guider with the prompts and the cfg of stock guidance."""
+        model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
-        if type(stock).predict_noise is not plain.predict_noise or not {*conds} <= {FIRST, BASE}:
-            raise GuidanceError(
-                f"{NODE}: the sampler's guider is {type(stock).__name__}, which makes a sum of its own, expected "
-                f"stock guidance (a KSampler, CFGGuider or BasicGuider); say that sum with Guidance Terms and use a "
-                f"GCFG Guider."
-            )
-        model = stock.model_patcher.clone()
-        del model.wrappers[OUTER][TERMS]
-        if not model.wrappers[OUTER]:
-            del model.wrappers[OUTER]
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
             return GCFGGuider(model, conds[FIRST], self.terms, NODE, self._watch)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
         return GCFGGuider(model, conds[BASE], (own, *self.terms), NODE, self._watch)
+
+
+class _Within(comfy.samplers.Sampler):
+    """The whole run of another pack's guider, as the sampler of ours: the terms are added where it combines its own.
+
+    Args:
+        stock: that guider.
+        ours: the guider whose terms are added; their models are prepared around the run.
+        run: runs it.
+        seed: of the run.
+    """
+
+    result: Tensor
+
+    def __init__(self, stock: Any, ours: GCFGGuider, run: Callable[[], Tensor], seed: Any) -> None:
+        self._stock, self._ours, self._run, self._seed = stock, ours, run, seed
+        self._asked = False
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *_: Any) -> Tensor:
+        """Run it, and return anything of a latent's shape: the result is kept beside."""
+        stock, patcher = self._stock, self._stock.model_patcher
+        options = stock.model_options
+        options["sampler_post_cfg_function"] = [self._added, *options.get("sampler_post_cfg_function", [])]
+        options["disable_cfg1_optimization"] = True  # the terms are measured from its negative prediction
+        patcher.set_additional_models(TERMS, [lane.patcher for lane in self._ours.run.lanes])  # so that none goes
+        try:
+            self.result = self._run()
+        finally:
+            patcher.remove_additional_models(TERMS)
+        if not self._asked:
+            raise _has_no_negative(stock)
+        return noise
+
+    def _added(self, args: dict[str, Any]) -> Tensor:
+        """Its guided prediction, with the terms around its negative one."""
+        names = [name for name, entries in self._stock.conds.items() if entries is args["uncond"]]
+        if not any(name.endswith(BASE) for name in names):
+            raise _has_no_negative(self._stock)
+        self._asked = True
+        base, options = args["uncond_denoised"], hooks.without_hooks(args["model_options"])
+        total = self._ours.run.around(base, args["input"], args["sigma"], options, self._seed)
+        denoised: Tensor = args["denoised"] + (total - base)
+        return denoised
+
+
+def _is_stock(guider: Any) -> bool:
+    """Whether a guider guides as stock does: of two prompts and one weight, or of one prompt."""
+    stock = type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+    return stock and set(guider.original_conds) <= {FIRST, BASE}
+
+
+def _negative(guider: Any) -> Any:
+    """The negative conditioning of another pack's guider."""
+    names = sorted((name for name in guider.original_conds if name.endswith(BASE)), key=len)
+    if not names:
+        raise _has_no_negative(guider)
+    return _conditioning(guider.original_conds[names[0]])
+
+
+def _has_no_negative(guider: Any) -> GuidanceError:
+    return GuidanceError(
+        f"{NODE}: the sampler's guider is {type(guider).__name__}, whose sum does not start from a negative prediction "
+        f"that it tells, expected stock guidance or one like it; say that sum with Guidance Terms and a GCFG Guider."
+    )
+
+
+def _without_terms(patcher: Any) -> Any:
+    """A clone of a model as it was in front of this node."""
+    clone = patcher.clone()
+    del clone.wrappers[OUTER][TERMS]
+    if not clone.wrappers[OUTER]:
+        del clone.wrappers[OUTER]
+    return clone
 
 
 def _conditioning(entries: Sequence[dict[str, Any]]) -> list[list[Any]]:

@@ -9,16 +9,16 @@ from typing import Any
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import Delta, combine, difference, effective_cond, pair
+from ...gcfg.combine import Delta, pair
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
-from ...gcfg.relations import Relation, related
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
 from .lanes import BASE, Around, Lane, Predictions, covers, predict
 from .readings import Readings
 from .step import Known, Step, Terms, decided
+from .summing import Summing
 from .term_guider import TermGuider, Weight
 
 
@@ -56,10 +56,8 @@ class Run:
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        self.cache = self.new_cache()
+        self.cache = DeltaCache(self.steps) if self.plan.caches else None
         self._override_warned = False
-        # Hooks keep things in the options that they are handed, so these are one dict all run long.
-        self._options_of_rules: dict[int, dict[str, Any]] = {}
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
 
     def begin(self) -> None:
@@ -76,11 +74,9 @@ class Run:
             frozenset(place for place, rule in self.rules.items() if rule.get("disable_cfg1_optimization")),
             lambda a, b: lanes[a] is lanes[b] and hooks.same_hooks(self.rules.get(a), self.rules.get(b)),
         )
+        relations = [scheduled.term.relations for scheduled in self.plan.terms]
+        self._summing = Summing(self.known, self.lanes[0], self._lane_of, self.rules, relations, self.looked_at)
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
-
-    def new_cache(self) -> DeltaCache | None:
-        """An empty cache of deltas, where any term's may be carried on."""
-        return DeltaCache(self.steps) if self.plan.caches else None
 
     def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
         """The guided denoised prediction at one noise level.
@@ -92,55 +88,60 @@ class Run:
             seed: of the run.
             cfg: the guider's, which a wrapper may have set.
         """
-        step = self.step(self.plan, self.cache, sigma, options, cfg)
+        step = self._step(sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
-        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
-        around = Around(step.base or BASE, own)
-        predictions = predict(self.lanes, step.wanted, around, x, sigma, options, seed)
-        return self.combined(step, predictions, self.cache, x, sigma, options)
+        return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
 
-    def step(
-        self,
-        plan: GuidancePlan,
-        cache: DeltaCache | None,
-        sigma: Tensor,
-        options: dict[str, Any],
-        cfg: float | None = None,
+    def around(self, base: Tensor, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
+        """The guidance sum around an unconditional prediction that was made elsewhere.
+
+        Args:
+            base: that prediction, (B, C, *spatial).
+            x: noisy latent, of the same shape.
+            sigma: (B,), all equal.
+            options: the sampled model's options at this step, without its guidance hooks.
+            seed: of the run.
+        """
+        step = self._step(sigma, options, base_is_given=True)
+        step = replace(step, wanted=tuple(key for key in step.wanted if key != BASE))
+        predictions = {**self._predicted(step, x, sigma, options, seed), BASE: base}
+        return self._combined(step, predictions, x, sigma, options)
+
+    def _predicted(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Predictions:
+        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
+        return predict(self.lanes, step.wanted, Around(step.base or BASE, own), x, sigma, options, seed)
+
+    def _step(
+        self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
-        acting = plan.steady if plan.steady is not None and not self.ranged else self._acting(plan, float(sigma[0]))
+        steady = self.plan.steady
+        acting = steady if steady is not None and not self.ranged else self._acting(float(sigma[0]))
         two = None
         if cfg is not None and not isinstance(cfg, Weight):
             acting, two = self._overridden(acting, cfg)
-        eager = bool(options.get("disable_cfg1_optimization"))
+        eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
-        return step if cache is None else self._with_carried_on(step, plan, cache, float(sigma[0]))
+        return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
 
-    def combined(
-        self,
-        step: Step,
-        predictions: Predictions,
-        cache: DeltaCache | None,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
+    def _combined(
+        self, step: Step, predictions: Predictions, x: Tensor, sigma: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The guidance sum of one evaluation, through the guidance hooks of the models, and its reading.
 
         Args:
             step: what it is made of.
-            predictions: of the keys that the step wants.
-            cache: adds those that were carried on.
+            predictions: of the keys that the step wants; the cache adds those that are carried on.
             x: noisy latent, (B, C, *spatial).
             sigma: (B,).
             options: the sampled model's options at this step.
         """
         carried: dict[DeltaName, tuple[Tensor, Tensor | None]] = {}
-        if cache is not None:
-            carried = cache.complete(predictions)
+        if self.cache is not None:
+            carried = self.cache.complete(predictions)
             predictions = {**{key: prediction for (key, _), (prediction, _) in carried.items()}, **predictions}
         if self.known.wrapped:
             step = self._with_weights_that_wrappers_set(step)
@@ -155,22 +156,13 @@ class Run:
 
         acting = [delta(term) for term in step.acting]
         around = {term.index for term in step.around}
-        guided = [
-            self._by_own_rule(one, step, predictions, x, sigma, options) if one.term.index in self.known.ruled else one
-            for one in acting
-            if one.term.index in around
-        ]
-        if any(one.term.related for one in guided):
-            guided = self._related(step, predictions, guided, float(sigma[0]))
-        if step.hooked:
-            denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
-        else:
-            denoised = self._sum(step, predictions, guided)
+        own = [one for one in acting if one.term.index in around]
+        guided, denoised = self._summing.of(step, predictions, own, x, sigma, options)
         if self.readings is not None:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
+    def _acting(self, sigma: float) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
@@ -182,21 +174,21 @@ class Run:
         def keys(term: ActiveTerm) -> list[str]:
             return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-        return tuple(term for term in plan.active(sigma) if all(map(takes_part, keys(term))))
+        return tuple(term for term in self.plan.active(sigma) if all(map(takes_part, keys(term))))
 
-    def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
+    def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""
         base = step.base or self.keys[step.acting[0].index]
         members = []
         for term in step.acting:
-            scheduled, key = plan.terms[term.index], self.keys[term.index]
+            scheduled, key = self.plan.terms[term.index], self.keys[term.index]
             if key != base or term.relative:
                 apart, reference = term.index not in self.known.on_base, self.references.get(term.index)
                 rule, inside = scheduled.term.cache_rule, scheduled.caches_at(sigma)
                 members.append(Member(key, term.weight, rule, inside, apart, reference))
         known = {base, *(key for member in members for key in member.keys)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
-        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))
+        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma, base_is_given), *beside])))
 
     def _overridden(self, acting: Terms, cfg: float) -> tuple[Terms, Terms | None]:
         """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override).
@@ -231,17 +223,9 @@ class Run:
 
         return replace(step, acting=tuple(map(own, step.acting)), around=tuple(map(own, step.around)))
 
-    def _is_single(self, step: Step) -> bool:
-        """Whether it is stock guidance of the sampler's own model: one conditional prediction without a rule."""
-        if len(step.around) != 1:
-            return False
-        (term,) = step.around
-        plain = term.mask is None and not term.relative and not term.related
-        return plain and term.index in self.known.on_base and term.index not in self.known.ruled
-
     def _is_stock(self, step: Step) -> bool:
         return (
-            self._is_single(step)
+            self.known.is_single(step.around)
             and (step.base is None or step.base in self.lanes[0].keys)
             and step.base != self.keys[step.around[0].index]
         )
@@ -262,111 +246,3 @@ class Run:
         if self.readings is not None:
             self.readings.take_seen(step, x, sigma, denoised)
         return denoised
-
-    def _by_own_rule(
-        self,
-        one: Delta,
-        step: Step,
-        predictions: Predictions,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> Delta:
-        """What hooks of a term's own model make of its prediction, H(R_i, D_i, w_i); its weight is in it."""
-        prediction, term, reference = one
-        key = self.keys[term.index]
-        lane = self._lane_of[key]
-        own = hooks.without_hooks(options if lane is self.lanes[0] else lane.options)
-        own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
-        kept = self._options_of_rules.setdefault(term.index, {})
-        kept.update({**own, **self.rules.get(term.index, {})})
-        if reference is None:
-            uncond = step.base if step.base in lane.keys else BASE
-            base = None if step.base is None else predictions[step.base]
-        else:
-            uncond, base = self.references[term.index], reference
-        at = hooks.Situation(
-            lane.patcher.model,
-            kept,
-            x,
-            sigma,
-            lane.conds[key],
-            None if base is None else lane.conds.get(uncond),
-        )
-        with lane.at_work():
-            # Copies, since hooks may write into what they are given, and others measure from the same base.
-            guide = hooks.guided
-            if placing.is_replaced(comfy.samplers.sampling_function):
-                guide = placing.guided_by_sampling_function
-            result = guide(at, prediction.clone(), None if base is None else base.clone(), term.weight)
-            return Delta(result, replace(term, weight=1.0), reference)
-
-    def _related(self, step: Step, predictions: Predictions, guided: Sequence[Delta], sigma: float) -> list[Delta]:
-        """The deltas after the relations of their terms to others."""
-        assert step.base is not None  # `needs_base` sees to it
-        base = predictions[step.base]
-        weighted = {one.term.index: difference(one, base).mul_(one.term.weight) for one in guided}
-
-        def other(place: int, relation: Relation) -> Tensor | None:
-            if relation.against:
-                return weighted.get(self.looked_at[relation.against])
-            rest = [delta for index, delta in weighted.items() if index != place]
-            return sum(rest[1:], rest[0]) if rest else None
-
-        def changed(one: Delta) -> Delta:
-            place = one.term.index
-            relations = self.plan.terms[place].term.relations
-            found = related(relations, weighted[place], [other(place, relation) for relation in relations], sigma)
-            measured_from = base if one.reference is None else one.reference
-            return Delta(measured_from + found, replace(one.term, weight=1.0, mask=None), one.reference)
-
-        return [changed(one) if one.term.related else one for one in guided]
-
-    def _sum(self, step: Step, predictions: Predictions, guided: Sequence[Delta]) -> Tensor:
-        if len(guided) == 1 and guided[0].term.index in self.known.ruled:
-            result, term, reference = guided[0]
-            if term.mask is None and reference is None:
-                return result  # the rule's own, to the last bit
-        base = None if step.base is None else predictions[step.base]
-        if base is not None and not guided:
-            return base
-        return combine(base, guided)
-
-    def _through_hooks(
-        self,
-        step: Step,
-        predictions: Predictions,
-        guided: Sequence[Delta],
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The sum through the hooks of the sampler's model."""
-        lane = self.lanes[0]
-        key = self._key_for_hooks(step)
-        uncond = step.base if step.base is None or step.base in lane.keys else BASE
-        at = hooks.Situation(
-            lane.patcher.model, options, x, sigma, lane.conds[key], None if uncond is None else lane.conds[uncond]
-        )
-        predictions = {key: prediction.clone() for key, prediction in predictions.items()}  # hooks may write into them
-        base = None if step.base is None else predictions[step.base]
-        if self._is_single(step):
-            return hooks.guided(at, predictions[key], base, step.around[0].weight)
-        weight = total_weight(step.around)
-
-        def effective() -> tuple[Tensor, float]:
-            assert base is not None  # `step` sees to it where hooks are
-            return effective_cond(base, guided, weight)
-
-        return hooks.guided_sum(
-            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], base
-        )
-
-    def _key_for_hooks(self, step: Step) -> str:
-        """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
-        on_base = [term for term in step.acting if term.index in self.known.on_base]
-        on_base = [term for term in on_base if not term.relative] or on_base
-        on_base = [term for term in on_base if self.keys[term.index] != step.base] or on_base
-        if not on_base:
-            return BASE
-        return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]

@@ -53,6 +53,14 @@ class Known:
     eager: frozenset[int]
     alike: Callable[[int, int], bool]
 
+    def is_single(self, around: Terms) -> bool:
+        """Whether these are stock guidance of the sampler's own model: one conditional prediction without a rule."""
+        if len(around) != 1:
+            return False
+        (term,) = around
+        plain = term.mask is None and not term.relative and not term.related
+        return plain and term.index in self.on_base and term.index not in self.ruled
+
 
 def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms | None = None) -> Step:
     """The evaluation of these terms.

@@ -1,10 +1,13 @@
 """GCFG Model in ComfyUI's own samplers: the very run of a GCFG KSampler on the same sum, and nothing left behind."""
 
+import inspect
+
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
 from comfyui_gcfg.nodes.guidance import GCFGGuidanceTerm
+from comfyui_gcfg.testkit import checks
 
 
 def node():
@@ -93,6 +96,60 @@ def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(extra, custom, 
     basic = extra("nodes_custom_sampler").Guider_Basic(with_terms(prior, *cases["relative"]))
     basic.set_conds(prompt(1))
     assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, cases, name):
+    """As RES4LYF's: a guider that chooses its prompts and its cfg by itself, and then does as stock."""
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            conds = self.conds["xt_negative"], self.conds["xt_positive"]
+            return comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, *conds, 5.0, model_options=model_options, seed=seed
+            )
+
+    def other(model):
+        guider = Other(model)
+        guider.inner_set_conds({"xt_positive": prompt(1), "xt_negative": prompt(2)})
+        return guider
+
+    before = custom(other(prior))
+    got = custom(other(with_terms(prior, *cases[name])))
+    own = GuidanceTerm(5.0, conditioning=prompt(1))
+    expected = custom(GCFGGuider(prior, prompt(2), [own, *cases[name]], "GCFG Guider"))
+    assert checks.relative(got, expected) < 2e-5
+    assert torch.equal(custom(other(prior)), before)
+
+
+def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior, prompt, cases):
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    dual = extra("nodes_custom_sampler").Guider_DualCFG(with_terms(prior, *cases["another model"]))
+    dual.set_conds(prompt(1), prompt(2), prompt(3))
+    dual.set_cfg(4.0, 1.0)
+    terms = [
+        GuidanceTerm(1.0, conditioning=prompt(2)),
+        GuidanceTerm(4.0, conditioning=prompt(1), relative_conditioning=prompt(2)),
+    ]
+    expected = custom(GCFGGuider(prior, prompt(3), [*terms, *cases["another model"]], "GCFG Guider"))
+    assert checks.relative(custom(dual), expected) < 2e-5
+
+
+def test_another_guider_with_guidance_cache_evaluates_less(comfy, custom, prior, concept, prompt, count_forwards):
+    from comfyui_gcfg.gcfg.guidance_cache import CacheRule
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    calls = count_forwards(concept)
+    term = GuidanceTerm(1.5, model=concept, conditioning=prompt(3), cache_rule=CacheRule(every=2, linear=False))
+    other = Other(with_terms(prior, term))
+    other.set_conds(prompt(1), prompt(2))
+    assert custom(other).isfinite().all()
+    assert len(calls) == 2  # at steps 1 and 3 of 4
 
 
 def test_terms_of_two_nodes_are_summed(gcfg, stock, prior, prompt, latent, cases):
@@ -200,14 +257,28 @@ class TestBadInput:
         with pytest.raises(GuidanceError, match=rf"^Guidance Term 'x': {place} comes from a GCFG Model node"):
             stock(with_terms(prior, term), prompt(1), prompt(2), latent)
 
-    def test_a_guider_with_a_sum_of_its_own(self, extra, custom, prior, prompt, cases):
+    def test_a_guider_whose_sum_starts_elsewhere(self, extra, custom, prior, prompt, cases):
+        """Nested, the Dual CFG Guider combines around its middle prompt first, and again around that result."""
         dual = extra("nodes_custom_sampler").Guider_DualCFG(with_terms(prior, *cases["two"]))
+        if "nested" not in inspect.signature(dual.set_cfg).parameters:
+            pytest.skip("this ComfyUI's Dual CFG Guider has no style")
         dual.set_conds(prompt(1), prompt(2), prompt(3))
-        dual.set_cfg(5.0, 2.0)
+        dual.set_cfg(5.0, 2.0, True)
         with pytest.raises(
-            GuidanceError, match=r"^GCFG Model: the sampler's guider is Guider_DualCFG, which makes a sum"
+            GuidanceError, match=r"^GCFG Model: the sampler's guider is Guider_DualCFG, whose sum does not"
         ):
             custom(dual)
+        assert prior.get_additional_models() == []
+
+    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases):
+        class Silent(comfy.samplers.CFGGuider):
+            def predict_noise(self, x, timestep, model_options=None, seed=None):
+                return x * 0.5
+
+        silent = Silent(with_terms(prior, *cases["two"]))
+        silent.set_conds(prompt(1), prompt(2))
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: the sampler's guider is Silent, whose sum does not"):
+            custom(silent)
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
