@@ -111,7 +111,6 @@ def test_keeps_its_own_widget_values(client, fitting_workflow, name):
     for node in workflow["nodes"]:
         if node["type"] == "GCFGGuidanceTerm":
             names = ("weight", "start_percent", "end_percent", "label", "curve", "end_weight", "points")
-            names += ("stream_weights",) if name in LARGE else ()
             inputs = prompt[str(node["id"])]["inputs"]
             assert [inputs[name] for name in (*names, "stream_weights")] == node["widgets_values"]
             assert inputs["label"]

@@ -35,7 +35,7 @@ SMALL = {  # by node: what is smaller than in the file
 PACK = ("guidance", "sampling")
 # A latent that is handed from one sampler to the next is scaled back to a clean one and noised again, in float32.
 HANDED_ON = 1e-5
-REORDERED = 1e-4  # the same predictions added in another order, over 20 steps
+REORDERED = 1e-5  # the same predictions added in another order, over 20 steps
 
 
 class Text:

@@ -56,8 +56,18 @@ SURFACE = {
 
 @pytest.fixture
 def nodes(comfy):
-    from comfyui_gcfg.nodes import concept, guidance, guidance_cache, model, prompts, regions, relation, report
-    from comfyui_gcfg.nodes import sampling, weight_sweep
+    from comfyui_gcfg.nodes import (
+        concept,
+        guidance,
+        guidance_cache,
+        model,
+        prompts,
+        regions,
+        relation,
+        report,
+        sampling,
+        weight_sweep,
+    )
 
     topics = (guidance_cache, concept, guidance, model, prompts, regions, relation, report, sampling, weight_sweep)
     return {node_id: (name, node) for topic in topics for node_id, name, node in topic.NODES}
