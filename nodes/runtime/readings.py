@@ -81,6 +81,6 @@ class Readings:
             return one._replace(prediction=measured_from + (result - measured_from) / one.term.weight)
 
         # In a pair the name of the unconditional is its negative term's.
-        named = [keys[term.index] for term in step.acting]
+        named = [keys[term.index] for term in step.acting if not term.relative]
         unconditional = base if step.base == BASE and BASE not in named else None
         self._recorder.record(x, sigma, unconditional, [shown(one) for one in acting], denoised)

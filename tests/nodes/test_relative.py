@@ -346,6 +346,20 @@ def test_the_report_says_what_each_term_is_relative_to(at_one_level, term):
     assert watch.report.as_dict()["relative"] == list(said)
 
 
+def test_a_term_that_leads_away_from_a_prompt_has_readings(at_one_level, term):
+    """Its own prediction is the unconditional one, and it is measured from the prompt."""
+    from comfyui_gcfg.nodes.runtime.live import Watch
+
+    watch = Watch(wanted=True)
+    _, x = at_one_level([term(1.5, relative_cond=1)], watch=watch)
+    base = by_hand(term.prompts, [], x)
+    pull = 1.5 * (base - by_hand(term.prompts, [(1.0, ("prior", 1), None)], x))
+    (reading,) = watch.report.readings
+    per_sample = pull.flatten(1).norm(dim=1) / (x - base).flatten(1).norm(dim=1)
+    assert reading.pulls[0] == pytest.approx(float(per_sample.mean()), rel=1e-4)
+    assert reading.centre == ""
+
+
 class TestBadInput:
     def test_what_predicts_the_same(self, models, term):
         with pytest.raises(
