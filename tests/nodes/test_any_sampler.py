@@ -47,6 +47,7 @@ def cases(prior, concept, prompt):
         "masked, for a while": [GuidanceTerm(2.0, 0.2, 0.8, model=concept, conditioning=prompt(3), mask=mask)],
         "relative": [GuidanceTerm(3.0, model=concept, conditioning=prompt(1), relative_conditioning=prompt(2))],
         "two": [GuidanceTerm(1.5, model=concept), GuidanceTerm(2.0, conditioning=prompt(3))],
+        "a pair": [GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, conditioning=prompt(4))],
     }
 
 
@@ -83,6 +84,16 @@ def test_image_to_image_under_a_mask(gcfg, stock, prior, prompt, cases):
     assert torch.equal(got, expected)
 
 
+def test_a_mask_for_each_sample(gcfg, stock, prior, prompt, cases):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(6))
+    masked = {"samples": image, "noise_mask": mask}
+    terms = [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["another model"]]
+    expected = gcfg(prior, prompt(2), terms, masked)
+    got = stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), masked, cfg=5.0)
+    assert torch.equal(got, expected)
+
+
 @pytest.fixture
 def custom(custom_advanced, latent):
     """SamplerCustomAdvanced's run of any guider."""
@@ -98,7 +109,7 @@ def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(extra, custom, 
     assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "a pair"])
 def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, cases, name):
     """As RES4LYF's: a guider that chooses its prompts and its cfg by itself, and then does as stock."""
     from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
@@ -137,18 +148,12 @@ def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior
     assert checks.relative(custom(dual), expected) < 2e-5
 
 
-def test_another_guider_with_guidance_cache_evaluates_less(comfy, custom, prior, concept, prompt, count_forwards):
+def test_another_guider_with_guidance_cache_evaluates_less(custom, other, prior, concept, prompt, count_forwards):
     from comfyui_gcfg.gcfg.guidance_cache import CacheRule
-
-    class Other(comfy.samplers.CFGGuider):
-        def predict_noise(self, *args, **kwargs):
-            return super().predict_noise(*args, **kwargs)
 
     calls = count_forwards(concept)
     term = GuidanceTerm(1.5, model=concept, conditioning=prompt(3), cache_rule=CacheRule(every=2, linear=False))
-    other = Other(with_terms(prior, term))
-    other.set_conds(prompt(1), prompt(2))
-    assert custom(other).isfinite().all()
+    assert custom(other(with_terms(prior, term))).isfinite().all()
     assert len(calls) == 2  # at steps 1 and 3 of 4
 
 
@@ -176,8 +181,26 @@ def test_nodes_behind_and_in_front_act_as_on_the_ksampler(gcfg, stock, prior, pr
         assert torch.equal(stock(model, prompt(1), prompt(2), latent, cfg=5.0), expected)
 
 
+@pytest.fixture
+def other(comfy, prompt):
+    """A guider of another pack's, which does as stock."""
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    def make(model):
+        guider = Other(model)
+        guider.set_conds(prompt(1), prompt(2))
+        guider.set_cfg(5.0)
+        return guider
+
+    return make
+
+
 @pytest.mark.parametrize("first", [True, False])
-def test_wrappers_of_other_packs_act_once(stock, prior, prompt, latent, cases, first):
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
     from comfy.patcher_extension import WrappersMP
 
     seen = []
@@ -197,7 +220,10 @@ def test_wrappers_of_other_packs_act_once(stock, prior, prompt, latent, cases, f
 
     terms = cases["another model"]
     model = with_terms(put(prior), *terms) if first else put(with_terms(prior, *terms))
-    stock(model, prompt(1), prompt(2), latent)
+    if guider == "stock":
+        stock(model, prompt(1), prompt(2), latent)
+    else:
+        custom(other(model))
     assert seen == [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE]
 
 
