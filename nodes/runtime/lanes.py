@@ -119,7 +119,7 @@ class Lane:
 
     def at_work(self) -> AbstractContextManager[None]:
         """Have the module and ComfyUI's functions be this lane's within the block."""
-        return self._moved_in() if self._moves else nullcontext()
+        return self._moved_in() if self._moves or not versions.is_active(self.patcher) else nullcontext()
 
     @contextmanager
     def _moved_in(self) -> Iterator[None]:

@@ -223,6 +223,11 @@ def activate(patcher: Any) -> Any:
     return previous
 
 
+def is_active(patcher: Any) -> bool:
+    """Whether this patcher is the one that its module evaluates with."""
+    return not HAS_HOOKS or patcher.model.current_patcher is patcher
+
+
 def progress_bar_disabled() -> bool:
     """Whether the console's progress bar is off."""
     if isinstance(comfy.utils.PROGRESS_BAR_ENABLED, bool):

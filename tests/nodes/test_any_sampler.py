@@ -134,6 +134,24 @@ def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, ca
     assert torch.equal(custom(other(prior)), before)
 
 
+@pytest.mark.parametrize("place", ["conditioning", "relative_conditioning"])
+def test_weight_hooks_of_a_term_act_under_another_guider(comfy, custom, other, weights, prior, prompt, place):
+    """The guider's own patcher is the one that its module evaluates with, and knows nothing of a term's hooks."""
+    import comfy.hooks
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.testkit.models import lora_state_dict
+
+    prompts = {"conditioning": prompt(3), "relative_conditioning": prompt(4)}
+    hooks = comfy.hooks.create_hook_lora(lora_state_dict(weights(), 1), 1.0, 0.0)
+    prompts[place] = comfy.hooks.set_hooks_for_conditioning(prompts[place], hooks)
+    before = custom(other(prior))
+    term = GuidanceTerm(2.0, **prompts)
+    own = GuidanceTerm(5.0, conditioning=prompt(1))
+    expected = custom(GCFGGuider(prior, prompt(2), [own, term], "GCFG Guider"))
+    assert checks.relative(custom(other(with_terms(prior, term))), expected) < 2e-5
+    assert torch.equal(custom(other(prior)), before)
+
+
 def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior, prompt, cases):
     from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
 
