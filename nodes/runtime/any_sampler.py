@@ -8,6 +8,7 @@ pack's runs as it is, and the terms are added where it combines its predictions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -61,7 +62,9 @@ class _Terms:
     """The wrapper: ComfyUI calls it in place of a run, with what it wraps."""
 
     def __init__(self, terms: tuple[GuidanceTerm, ...], watch: Watch) -> None:
-        self.terms, self._watch = terms, watch
+        # Numbered here, since in a run the sampler's positive may stand before them.
+        self.terms = tuple(replace(term, label=term.label or str(place)) for place, term in enumerate(terms, start=1))
+        self._watch = watch
 
     def __call__(
         self,

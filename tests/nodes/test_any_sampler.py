@@ -278,8 +278,19 @@ def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
     reader = {"inputs": {"report": ["7", 1]}}
     model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
     stock(model, prompt(1), prompt(2), latent, steps=3)
-    assert report.labels == ("positive", "2", "3")
+    assert report.labels == ("positive", "1", "2")
     assert [reading.step for reading in report.readings] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_terms_are_numbered_as_their_sockets(stock, custom, other, prior, concept, prompt, latent, guider):
+    """Whatever the sampler's guider has before them: a relation finds them, and messages name them."""
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    terms = (GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, model=concept))
+    ((limited,),) = GCFGGuidanceRelation().make(terms[1:], "limit", "1", 0.5)
+    run = custom if guider == "other" else (lambda g: stock(g.model_patcher, prompt(1), prompt(2), latent, cfg=5.0))
+    assert not torch.equal(run(other(with_terms(prior, terms[0], limited))), run(other(with_terms(prior, *terms))))
 
 
 class TestBadInput:
