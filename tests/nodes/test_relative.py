@@ -312,6 +312,13 @@ def test_the_cache_leaves_a_relative_term_and_its_reference_out_together(gcfg, m
     assert checks.relative(each, always) < REORDERED
 
 
+def test_the_cache_of_a_relative_term_leaves_it_the_prediction_of_another(gcfg, models, term, latent, calls):
+    """Their deltas are not the same, so one of them may be carried on."""
+    terms = [term(0.5, None, 1), term(3.0, None, 1, None, 2, cache_rule=CacheRule(every=1)), term(4.0, "lora", 1)]
+    gcfg(models["prior"], term.prompts[0], terms, latent, steps=1)
+    assert sum(batch for _, batch in calls) == 4
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_the_cache_carries_on_a_term_that_pushes_away_from_its_reference(gcfg, models, term, latent, linear):
     """It predicts the unconditional itself, which is not mistaken for what its delta was carried on to."""
