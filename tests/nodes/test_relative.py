@@ -374,7 +374,7 @@ def test_a_replaced_evaluation_is_asked_for_every_prediction_once(comfy, gcfg, p
         return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], {})
 
     replaced = prior.clone()
-    replaced.set_model_sampler_calc_cond_batch_function(calc)
+    replaced.model_options["sampler_calc_cond_batch_function"] = calc
     prompts = [prompt(number) for number in range(4)]
     terms = [
         GuidanceTerm(4.0, conditioning=prompts[1], relative_conditioning=prompts[3]),
