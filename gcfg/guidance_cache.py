@@ -133,13 +133,14 @@ class DeltaCache:
             self._deltas = {}
         self._step, self._base = step, base
         due = [member for member in members if self._due(member, sigma)]
+        keys = [key for member in due for key in member.keys]
         anchor = base
-        if members and not base_is_given and (not due or self._base_rests(members)):
+        if members and not base_is_given and base not in keys and (not due or self._base_rests(members)):
             anchor = _anchor(due or members, base)
         if anchor == base:
             self._base_step = step
         self._asked = _Asked(tuple(members), anchor, sigma)
-        return list(dict.fromkeys([*(key for member in due for key in member.keys), anchor]))
+        return list(dict.fromkeys([*keys, anchor]))
 
     def complete(self, predictions: dict[str, Tensor]) -> dict[DeltaName, tuple[Tensor, Tensor | None]]:
         """What every delta lies between, D_i and R_i (None for the base); the base itself is found as (its name, None).

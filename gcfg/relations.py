@@ -64,7 +64,7 @@ class Perpendicular(Relation):
     def applied(self, own: Tensor, other: Tensor, sigma: float) -> Tensor:
         """See `Relation`."""
         along = _dot(own, other) / _dot(other, other).clamp_min(torch.finfo(torch.float32).tiny)
-        return own - (self.amount * along).to(own) * other
+        return own - (self.amount * along * _wide(other)).to(own)
 
 
 class Limit(Relation):

@@ -58,6 +58,10 @@ class GCFGRegionTerms:
         self, regions: tuple[GuidanceTerm, ...], overlap: str, background: tuple[GuidanceTerm, ...] = ()
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Give the terms masks that fit together."""
+        if not regions:
+            raise GuidanceError(
+                "Region Terms: regions holds no term, expected at least one with a mask; connect a Guidance Term."
+            )
         for place, term in enumerate(regions, start=1):
             if len(term.masks) != 1:
                 raise GuidanceError(

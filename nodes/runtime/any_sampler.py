@@ -8,6 +8,7 @@ pack's runs as it is, and the terms are added where it combines its predictions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -23,6 +24,7 @@ from .live import Watch
 from .wrapping import OUTER, TERMS
 
 NODE = "GCFG Model"
+_IMAGE = 4  # axes of a batch of images
 
 
 def with_terms(model: Any, terms: Sequence[GuidanceTerm], watch: Watch) -> Any:
@@ -60,7 +62,9 @@ class _Terms:
     """The wrapper: ComfyUI calls it in place of a run, with what it wraps."""
 
     def __init__(self, terms: tuple[GuidanceTerm, ...], watch: Watch) -> None:
-        self.terms, self._watch = terms, watch
+        # Numbered here, since in a run the sampler's positive may stand before them.
+        self.terms = tuple(replace(term, label=term.label or str(place)) for place, term in enumerate(terms, start=1))
+        self._watch = watch
 
     def __call__(
         self,
@@ -86,6 +90,7 @@ class _Terms:
             guider = self._guider(stock)
         else:
             guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, NODE, self._watch)
+            versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
             within = sampler = _Within(stock, guider, lambda: executor(*arguments, **given), seed)
@@ -93,11 +98,9 @@ class _Terms:
         packed = latent_shapes is not None and len(latent_shapes) > 1
         if packed:
             noise, latent_image = _unpacked(noise, latent_shapes), _unpacked(latent_image, latent_shapes)
-            denoise_mask = None if denoise_mask is None else _unpacked(denoise_mask, latent_shapes)
             callback = None if callback is None else _told_of_packed(callback)
-        samples: Tensor = guider.sample(
-            noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
-        )
+        mask = None if denoise_mask is None else _mask_again(denoise_mask, latent_shapes if packed else None)
+        samples: Tensor = guider.sample(noise, latent_image, sampler, sigmas, mask, callback, disable_pbar, seed)
         if within is not None:
             return within.result
         return _packed(samples) if packed else samples
@@ -196,9 +199,25 @@ def _conditioning(entries: Sequence[dict[str, Any]]) -> list[list[Any]]:
 
 
 def _unpacked(packed: Tensor, shapes: Any) -> Any:
+    return _nested(comfy.utils.unpack_latents(packed, shapes))
+
+
+def _nested(parts: Sequence[Tensor]) -> Any:
     import comfy.nested_tensor
 
-    return comfy.nested_tensor.NestedTensor(comfy.utils.unpack_latents(packed, shapes))
+    return comfy.nested_tensor.NestedTensor(parts)
+
+
+def _mask_again(prepared: Tensor, shapes: Any) -> Any:
+    """A mask that ComfyUI makes the prepared one of: it takes the channels of an image's for further samples.
+
+    Args:
+        prepared: (B, C, *spatial), alike in all channels, or several of them packed.
+        shapes: of the streams where it is packed, else None.
+    """
+    parts = [prepared] if shapes is None else comfy.utils.unpack_latents(prepared, shapes)
+    parts = [part[:, :1] if part.ndim == _IMAGE else part for part in parts]
+    return parts[0] if shapes is None else _nested(parts)
 
 
 def _packed(nested: Any) -> Tensor:

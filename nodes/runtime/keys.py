@@ -30,6 +30,7 @@ class Source:
         weight: of its term; of a reference, what a term is measured from, the other sign.
         rule: when the term's delta is carried on; a reference has none.
         is_reference: whether it is R_i of a term, in place of its D_i.
+        relative: whether its term has such a reference.
     """
 
     patcher: Any
@@ -38,6 +39,7 @@ class Source:
     weight: float
     rule: CacheRule | None = None
     is_reference: bool = False
+    relative: bool = False
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ def sources(base: Any, unconditional: Any, plan: GuidancePlan) -> tuple[list[Sou
     for place, scheduled in enumerate(plan.terms):
         term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
         model, conditioning = predicted_from(base, unconditional, term)
-        found.append(Source(model, conditioning, name, term.weight, term.cache_rule))
+        found.append(Source(model, conditioning, name, term.weight, term.cache_rule, relative=term.relative))
         if term.relative:
             places[place] = len(plan.terms) + len(references)
             references.append(Source(*measured_from(base, unconditional, term), name, -term.weight, is_reference=True))
@@ -124,11 +126,13 @@ def _joins(found: Sequence[Source], source: Source, group: Group, is_base: bool)
         versions.wrappers(PREDICT, source.patcher.model_options)
     )
     alone = not is_base and held
-    return not alone or any(_same_prediction(source, found[other]) for other in group.places)
+    return not alone or all(_same_prediction(source, found[other]) for other in group.places)
 
 
 def _same_prediction(a: Source, b: Source) -> bool:
-    return (a.is_reference or b.is_reference or a.rule == b.rule) and identical(a.conditioning, b.conditioning)
+    """Whether one evaluation serves both; of two terms the deltas, which the cache carries on, are not the same."""
+    apart = a.is_reference or b.is_reference or a.relative != b.relative
+    return (apart or a.rule == b.rule) and identical(a.conditioning, b.conditioning)
 
 
 def keyed(
@@ -163,8 +167,9 @@ def keyed(
                 continue
             # The name "positive" is found first, wherever its term stands.
             known = sorted(group.places[:number] + ([first] if first in group.places else []), key=lambda p: p != first)
-            same = (p for p in known if p != place and keys[p] != BASE and _same_prediction(found[p], found[place]))
-            keys[place] = keys[next(same, place)]
+            known = [p for p in known if p != place and keys[p] != BASE]
+            unlike = {keys[p] for p in known if not _same_prediction(found[p], found[place])}
+            keys[place] = next((keys[p] for p in known if keys[p] not in unlike), keys[place])
     return keys
 
 

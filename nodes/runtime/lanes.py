@@ -6,7 +6,7 @@ that of the unconditional model, which stock sampling prepares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -31,11 +31,13 @@ class Around(NamedTuple):
 
     Attributes:
         base: the key of the base: of the unconditional itself, or of a pair's negative term.
-        references: the key of the prediction that a relative term's is measured from, by the term's.
+        references: the key of each relative term's prediction, and of the one that it is measured from.
+        terms: the keys of what the terms predict.
     """
 
     base: str
-    references: Mapping[str, str] = {}
+    references: Sequence[tuple[str, str]] = ()
+    terms: Collection[str] = ()
 
 
 def takes(a: Any, b: Any) -> bool:
@@ -117,7 +119,7 @@ class Lane:
 
     def at_work(self) -> AbstractContextManager[None]:
         """Have the module and ComfyUI's functions be this lane's within the block."""
-        return self._moved_in() if self._moves else nullcontext()
+        return self._moved_in() if self._moves or not versions.is_active(self.patcher) else nullcontext()
 
     @contextmanager
     def _moved_in(self) -> Iterator[None]:
@@ -168,14 +170,19 @@ class Lane:
         if len(terms) < 2 or self._batches(terms, options):
             return [(terms, uncond)]
         # One by one, each beside what it is measured from, as stock guidance evaluates two.
-        pairs = {key: around.references.get(key) for key in terms}
-        pairs = {key: other for key, other in pairs.items() if other in terms}
-        alone = [key for key in terms if key in pairs or key not in pairs.values()]
+        pairs = [(key, other) for key, other in around.references if key in terms and other in terms]
+        references = {other for _, other in pairs}
+        terms = [key for key in terms if key in around.terms or key not in references]
         calls: list[tuple[list[str], str | None]] = []
-        for key in alone:
-            first = not any(other == uncond for _, other in calls)
-            calls.append(([key], pairs.get(key, uncond if first or self.reads_index else None)))
-        if uncond in keys and all(other != uncond for _, other in calls):
+        known: set[str | None] = set(terms)
+        for key in terms:
+            for number, other in enumerate([other for own, other in pairs if own == key] or [uncond]):
+                if self.reads_index:  # which has to see both, also where one is known
+                    calls.append(([key], other))
+                elif number == 0 or other not in known:
+                    calls.append(([key] if number == 0 else [], None if other in known else other))
+                known.add(other)
+        if uncond in keys and uncond not in known:
             calls.append(([], uncond))
         return calls
 

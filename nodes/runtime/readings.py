@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...gcfg.combine import Delta
 from ...gcfg.diagnostics import Recorder
 from . import hooks
-from .lanes import BASE, Predictions
+from .lanes import Predictions
 from .step import Known, Step
 
 
@@ -65,22 +66,17 @@ class Readings:
             sigma: (B,).
             denoised: what the sampler gets.
         """
-        keys = self._known.keys
         base = None if step.base is None else predictions[step.base]
-        added = {one.term.index: one for one in guided}
-        results = {place: one.prediction for place, one in added.items() if place in self._known.ruled}
+        changed = {one.term.index: one for one in guided if one.term.related or one.term.index in self._known.ruled}
 
         def shown(one: Delta) -> Delta:
-            """What rules and relations made of a term, as a prediction whose w (D - R) is its pull."""
-            if one.term.related:
-                return added[one.term.index]
+            """What rules and relations made of a term, as a prediction whose w m (D - R) is its pull."""
             measured_from = base if one.reference is None else one.reference
-            result = results.get(one.term.index)
-            if result is None or measured_from is None or not one.term.weight:
+            made = changed.get(one.term.index)
+            if made is None or measured_from is None or not one.term.weight:
                 return one
-            return one._replace(prediction=measured_from + (result - measured_from) / one.term.weight)
+            term = replace(one.term, mask=made.term.mask)  # a relation has it in what it made
+            return Delta(measured_from + (made.prediction - measured_from) / one.term.weight, term, one.reference)
 
-        # In a pair the name of the unconditional is its negative term's.
-        named = [keys[term.index] for term in step.acting if not term.relative]
-        unconditional = base if step.base == BASE and BASE not in named else None
+        unconditional = None if step.is_around_a_term else base
         self._recorder.record(x, sigma, unconditional, [shown(one) for one in acting], denoised)

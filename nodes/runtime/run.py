@@ -104,13 +104,18 @@ class Run:
             seed: of the run.
         """
         step = self._step(sigma, options, base_is_given=True)
+        if step.is_around_a_term:  # which may have the name of the base
+            return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
         step = replace(step, wanted=tuple(key for key in step.wanted if key != BASE))
         predictions = {**self._predicted(step, x, sigma, options, seed), BASE: base}
         return self._combined(step, predictions, x, sigma, options)
 
     def _predicted(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Predictions:
-        own = {self.keys[term.index]: self.references[term.index] for term in step.acting if term.relative}
-        return predict(self.lanes, step.wanted, Around(step.base or BASE, own), x, sigma, options, seed)
+        keys = [self.keys[term.index] for term in step.acting]
+        pairs = [
+            (key, self.references[term.index]) for key, term in zip(keys, step.acting, strict=True) if term.relative
+        ]
+        return predict(self.lanes, step.wanted, Around(step.base or BASE, pairs, keys), x, sigma, options, seed)
 
     def _step(
         self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
@@ -142,7 +147,9 @@ class Run:
         carried: dict[DeltaName, tuple[Tensor, Tensor | None]] = {}
         if self.cache is not None:
             carried = self.cache.complete(predictions)
-            predictions = {**{key: prediction for (key, _), (prediction, _) in carried.items()}, **predictions}
+            # What is measured from the base comes last: a relative delta that was carried on is no prediction of D_i.
+            known = sorted(carried.items(), key=lambda item: item[0][1] is None)
+            predictions = {**{key: prediction for (key, _), (prediction, _) in known}, **predictions}
         if self.known.wrapped:
             step = self._with_weights_that_wrappers_set(step)
 

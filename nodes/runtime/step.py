@@ -30,6 +30,11 @@ class Step:
     wanted: tuple[str, ...]
     hooked: bool
 
+    @property
+    def is_around_a_term(self) -> bool:
+        """Whether the base is the prediction of one of the terms, and not the unconditional one."""
+        return len(self.around) < len(self.acting)
+
 
 @dataclass(frozen=True, eq=False)
 class Known:
@@ -73,6 +78,7 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms |
         two: the positive and the negative of a pair, where that is known already.
     """
     places = [term.index for term in acting]
+    around_base = {term.index for term in acting if not term.relative}
     keys = dict.fromkeys(known.keys[place] for place in places)
     keys.update(dict.fromkeys(known.references[term.index] for term in acting if term.relative))
     two = None if known.wrapped.intersection(places) else two or pair(acting)
@@ -84,8 +90,8 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms |
         stock = places[0] in known.on_base and places[0] not in known.ruled and not acting[0].relative
         own = places[0] in known.eager or (hooked and not stock)
     else:
-        own = hooked or bool(known.ruled.intersection(places))
-    if own or eager or not acting or known.wrapped.intersection(places) or needs_base(acting):
+        own = hooked or bool(known.ruled & around_base)
+    if own or eager or not acting or known.wrapped & around_base or needs_base(acting):
         return Step(acting, BASE, acting, tuple({**keys, BASE: None}), hooked)
     if len(acting) == 1:
         return Step(acting, None, acting, tuple(keys), hooked)

@@ -97,6 +97,12 @@ def test_zeros_and_half_precision_give_numbers(name, dtype):
         assert torch.equal(a, kept)
 
 
+def test_perpendicular_to_next_to_nothing_in_half_precision():
+    own, other = (tensor.half() for tensor in drawn(1))
+    got = Perpendicular("", 100.0).applied(300 * own, 0.001 * other, SIGMA)
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("name", RELATIONS)
 def test_video_and_packed_streams(name):
     for shape in ((4, 3, 5, 6), (1, 40)):

@@ -47,6 +47,7 @@ def cases(prior, concept, prompt):
         "masked, for a while": [GuidanceTerm(2.0, 0.2, 0.8, model=concept, conditioning=prompt(3), mask=mask)],
         "relative": [GuidanceTerm(3.0, model=concept, conditioning=prompt(1), relative_conditioning=prompt(2))],
         "two": [GuidanceTerm(1.5, model=concept), GuidanceTerm(2.0, conditioning=prompt(3))],
+        "a pair": [GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, conditioning=prompt(4))],
     }
 
 
@@ -83,6 +84,16 @@ def test_image_to_image_under_a_mask(gcfg, stock, prior, prompt, cases):
     assert torch.equal(got, expected)
 
 
+def test_a_mask_for_each_sample(gcfg, stock, prior, prompt, cases):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(6))
+    masked = {"samples": image, "noise_mask": mask}
+    terms = [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["another model"]]
+    expected = gcfg(prior, prompt(2), terms, masked)
+    got = stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), masked, cfg=5.0)
+    assert torch.equal(got, expected)
+
+
 @pytest.fixture
 def custom(custom_advanced, latent):
     """SamplerCustomAdvanced's run of any guider."""
@@ -98,7 +109,7 @@ def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(extra, custom, 
     assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "a pair"])
 def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, cases, name):
     """As RES4LYF's: a guider that chooses its prompts and its cfg by itself, and then does as stock."""
     from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
@@ -123,6 +134,24 @@ def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, ca
     assert torch.equal(custom(other(prior)), before)
 
 
+@pytest.mark.parametrize("place", ["conditioning", "relative_conditioning"])
+def test_weight_hooks_of_a_term_act_under_another_guider(comfy, custom, other, weights, prior, prompt, place):
+    """The guider's own patcher is the one that its module evaluates with, and knows nothing of a term's hooks."""
+    import comfy.hooks
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.testkit.models import lora_state_dict
+
+    prompts = {"conditioning": prompt(3), "relative_conditioning": prompt(4)}
+    hooks = comfy.hooks.create_hook_lora(lora_state_dict(weights(), 1), 1.0, 0.0)
+    prompts[place] = comfy.hooks.set_hooks_for_conditioning(prompts[place], hooks)
+    before = custom(other(prior))
+    term = GuidanceTerm(2.0, **prompts)
+    own = GuidanceTerm(5.0, conditioning=prompt(1))
+    expected = custom(GCFGGuider(prior, prompt(2), [own, term], "GCFG Guider"))
+    assert checks.relative(custom(other(with_terms(prior, term))), expected) < 2e-5
+    assert torch.equal(custom(other(prior)), before)
+
+
 def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior, prompt, cases):
     from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
 
@@ -137,18 +166,12 @@ def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior
     assert checks.relative(custom(dual), expected) < 2e-5
 
 
-def test_another_guider_with_guidance_cache_evaluates_less(comfy, custom, prior, concept, prompt, count_forwards):
+def test_another_guider_with_guidance_cache_evaluates_less(custom, other, prior, concept, prompt, count_forwards):
     from comfyui_gcfg.gcfg.guidance_cache import CacheRule
-
-    class Other(comfy.samplers.CFGGuider):
-        def predict_noise(self, *args, **kwargs):
-            return super().predict_noise(*args, **kwargs)
 
     calls = count_forwards(concept)
     term = GuidanceTerm(1.5, model=concept, conditioning=prompt(3), cache_rule=CacheRule(every=2, linear=False))
-    other = Other(with_terms(prior, term))
-    other.set_conds(prompt(1), prompt(2))
-    assert custom(other).isfinite().all()
+    assert custom(other(with_terms(prior, term))).isfinite().all()
     assert len(calls) == 2  # at steps 1 and 3 of 4
 
 
@@ -176,8 +199,26 @@ def test_nodes_behind_and_in_front_act_as_on_the_ksampler(gcfg, stock, prior, pr
         assert torch.equal(stock(model, prompt(1), prompt(2), latent, cfg=5.0), expected)
 
 
+@pytest.fixture
+def other(comfy, prompt):
+    """A guider of another pack's, which does as stock."""
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    def make(model):
+        guider = Other(model)
+        guider.set_conds(prompt(1), prompt(2))
+        guider.set_cfg(5.0)
+        return guider
+
+    return make
+
+
 @pytest.mark.parametrize("first", [True, False])
-def test_wrappers_of_other_packs_act_once(stock, prior, prompt, latent, cases, first):
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
     from comfy.patcher_extension import WrappersMP
 
     seen = []
@@ -197,7 +238,10 @@ def test_wrappers_of_other_packs_act_once(stock, prior, prompt, latent, cases, f
 
     terms = cases["another model"]
     model = with_terms(put(prior), *terms) if first else put(with_terms(prior, *terms))
-    stock(model, prompt(1), prompt(2), latent)
+    if guider == "stock":
+        stock(model, prompt(1), prompt(2), latent)
+    else:
+        custom(other(model))
     assert seen == [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE]
 
 
@@ -234,8 +278,19 @@ def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
     reader = {"inputs": {"report": ["7", 1]}}
     model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
     stock(model, prompt(1), prompt(2), latent, steps=3)
-    assert report.labels == ("positive", "2", "3")
+    assert report.labels == ("positive", "1", "2")
     assert [reading.step for reading in report.readings] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_terms_are_numbered_as_their_sockets(stock, custom, other, prior, concept, prompt, latent, guider):
+    """Whatever the sampler's guider has before them: a relation finds them, and messages name them."""
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    terms = (GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, model=concept))
+    ((limited,),) = GCFGGuidanceRelation().make(terms[1:], "limit", "1", 0.5)
+    run = custom if guider == "other" else (lambda g: stock(g.model_patcher, prompt(1), prompt(2), latent, cfg=5.0))
+    assert not torch.equal(run(other(with_terms(prior, terms[0], limited))), run(other(with_terms(prior, *terms))))
 
 
 class TestBadInput:

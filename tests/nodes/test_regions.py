@@ -70,5 +70,10 @@ def test_a_region_without_a_mask(prompt):
         regions(term)
 
 
+def test_no_region():
+    with pytest.raises(GuidanceError, match=r"^Region Terms: regions holds no term, expected at least one with a mask"):
+        regions()
+
+
 def test_the_choices():
     assert GCFGRegionTerms.INPUT_TYPES()["required"]["overlap"][0] == list(OVERLAPS)

@@ -244,15 +244,18 @@ def test_perp_neg_is_made_of_terms_around_the_empty_prompt(extra, custom, prior,
 
 
 def test_a_guidance_node_on_a_terms_model_sees_what_the_term_is_measured_from(
-    extra, gcfg, stock, prior, concept, prompt, latent
+    extra, gcfg, stock, prior, concept, prompt, latent, count_forwards
 ):
     """RescaleCFG on the term's model: the sum is stock's KSampler on that model, with its own negative prompt."""
     node = extra("nodes_model_advanced").RescaleCFG
     rescaled = node().patch(concept, 0.7)[0] if hasattr(node(), "patch") else node.execute(concept, 0.7).result[0]
     expected = stock(rescaled, prompt(1), prompt(2), latent, cfg=6.0)
-    own = GuidanceTerm(1.0, model=concept, conditioning=prompt(2))
-    relative = GuidanceTerm(6.0, model=rescaled, conditioning=prompt(1), relative_conditioning=prompt(2))
+    negative = prompt(2)
+    own = GuidanceTerm(1.0, model=concept, conditioning=negative)
+    relative = GuidanceTerm(6.0, model=rescaled, conditioning=prompt(1), relative_conditioning=negative)
+    calls = count_forwards(prior, concept)
     got = gcfg(prior, prompt(3), [own, relative], latent)
+    assert sum(batch for _, batch in calls) == 2 * 4, "the sampler's unconditional has no part in it"
     assert checks.relative(got, expected) < 10 * REORDERED
     plain = stock(concept, prompt(1), prompt(2), latent, cfg=6.0)
     assert checks.relative(got, plain) > 1e-2
@@ -309,6 +312,80 @@ def test_the_cache_leaves_a_relative_term_and_its_reference_out_together(gcfg, m
     assert checks.relative(each, always) < REORDERED
 
 
+def test_the_cache_of_a_relative_term_leaves_it_the_prediction_of_another(gcfg, models, term, latent, calls):
+    """Their deltas are not the same, so one of them may be carried on."""
+    terms = [term(0.5, None, 1), term(3.0, None, 1, None, 2, cache_rule=CacheRule(every=1)), term(4.0, "lora", 1)]
+    gcfg(models["prior"], term.prompts[0], terms, latent, steps=1)
+    assert sum(batch for _, batch in calls) == 4
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_cache_carries_on_a_term_that_pushes_away_from_its_reference(gcfg, models, term, latent, linear):
+    """It predicts the unconditional itself, which is not mistaken for what its delta was carried on to."""
+
+    def run(away):
+        return gcfg(models["prior"], term.prompts[0], [term(7.5, None, 1, cache_rule=rule), away], latent, steps=6)
+
+    rule = CacheRule(every=2, linear=linear)
+    away = run(term(1.5, None, None, None, 3, cache_rule=rule))
+    assert checks.relative(away, run(term(-1.5, None, 3, cache_rule=rule))) < REORDERED
+
+
+def test_the_cache_measures_from_the_unconditional_where_it_is_evaluated_anyhow():
+    from comfyui_gcfg.gcfg.guidance_cache import DeltaCache, Member
+    from comfyui_gcfg.gcfg.steps import Steps
+
+    rule = CacheRule(every=1, linear=False, align=-1.0)
+    cache = DeltaCache(Steps([8.0, 4.0, 2.0, 1.0, 0.0]))
+    text, away = Member("text", 5.0, rule), Member("base", 1.5, rule, reference="other")
+    for sigma in (8.0, 4.0, 2.0, 1.0):
+        wanted = cache.wanted("base", [text, away], sigma)
+        predictions = {key: torch.full((1, 1, 2, 2), sigma + len(key)) for key in wanted}
+        found = cache.complete(predictions)
+        assert found["base", None][0] is predictions["base"]
+
+
+def test_a_patch_that_reads_the_index_sees_a_term_as_such_where_it_is_a_reference_too(gcfg, prior, prompt, latent):
+    seen = set()
+
+    def patch(q, k, v, extra_options):
+        seen.update(zip(extra_options["cond_or_uncond"], k[:, 0, 0].tolist(), strict=True))
+        return q, k, v
+
+    adapted = prior.clone()
+    adapted.set_model_attn2_patch(patch)
+    prompts = [prompt(number) for number in range(4)]
+    terms = [
+        GuidanceTerm(4.0, conditioning=prompts[1]),
+        GuidanceTerm(3.0, conditioning=prompts[2], relative_conditioning=prompts[1]),
+        GuidanceTerm(2.0, conditioning=prompts[2], relative_conditioning=prompts[3]),
+    ]
+    gcfg(adapted, prompts[0], terms, latent, steps=1)
+    first = [float(one[0][0][0, 0, 0]) for one in prompts]
+    assert {(0, first[1]), (0, first[2]), (1, first[0]), (1, first[1]), (1, first[3])} == seen
+
+
+def test_a_replaced_evaluation_is_asked_for_every_prediction_once(comfy, gcfg, prior, prompt, latent):
+    """Where calls cannot be batched: a term that is a reference too, and references that are shared."""
+    asked = []
+
+    def calc(args):
+        asked.append(sum(cond is not None for cond in args["conds"]))
+        return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], {})
+
+    replaced = prior.clone()
+    replaced.model_options["sampler_calc_cond_batch_function"] = calc
+    prompts = [prompt(number) for number in range(4)]
+    terms = [
+        GuidanceTerm(4.0, conditioning=prompts[1], relative_conditioning=prompts[3]),
+        GuidanceTerm(3.0, conditioning=prompts[2], relative_conditioning=prompts[1]),
+        GuidanceTerm(2.0, conditioning=prompts[2], relative_conditioning=prompts[3]),
+    ]
+    got = gcfg(replaced, prompts[0], terms, latent, steps=1)
+    assert sum(asked) == 4
+    assert checks.relative(got, gcfg(prior, prompts[0], terms, latent, steps=1)) < REORDERED
+
+
 def test_a_patch_that_reads_the_index_sees_the_reference_as_the_unconditional(gcfg, concept, prior, prompt, latent):
     """IPAdapter and the like give the unconditional, index 1, another image than the conditional, index 0."""
     seen = []
@@ -346,18 +423,31 @@ def test_the_report_says_what_each_term_is_relative_to(at_one_level, term):
     assert watch.report.as_dict()["relative"] == list(said)
 
 
-def test_a_term_that_leads_away_from_a_prompt_has_readings(at_one_level, term):
-    """Its own prediction is the unconditional one, and it is measured from the prompt."""
+def test_the_report_has_the_weight_of_a_term_with_a_relation(at_one_level, term):
+    from comfyui_gcfg.nodes.runtime.live import Watch
+
+    watch, mask = Watch(wanted=True), torch.zeros(1, 64, 64)
+    mask[..., 32:] = 1.0
+    terms = [term(4.0, None, 1, label="text"), related(term(-3.0, None, 2, mask=mask), "limit", "text", 0.05)]
+    at_one_level(terms, watch=watch)
+    (reading,) = watch.report.readings
+    assert reading.weights == (4.0, -3.0)
+    assert reading.pulls[1] == pytest.approx(0.05 * reading.pulls[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("others", [[], [(4.0, None, 2)]])
+def test_the_report_of_a_term_that_predicts_the_unconditional_itself(at_one_level, term, others):
+    """One that pushes away from its reference is measured, as all are, over the unconditional."""
     from comfyui_gcfg.nodes.runtime.live import Watch
 
     watch = Watch(wanted=True)
-    _, x = at_one_level([term(1.5, relative_cond=1)], watch=watch)
-    base = by_hand(term.prompts, [], x)
-    pull = 1.5 * (base - by_hand(term.prompts, [(1.0, ("prior", 1), None)], x))
+    _, x = at_one_level([term(1.5, None, None, None, 1), *(term(*given) for given in others)], watch=watch)
     (reading,) = watch.report.readings
+    base = by_hand(term.prompts, [], x)
+    pull = by_hand(term.prompts, [(1.5, ("prior", 0), ("prior", 1))], x) - base
     per_sample = pull.flatten(1).norm(dim=1) / (x - base).flatten(1).norm(dim=1)
-    assert reading.pulls[0] == pytest.approx(float(per_sample.mean()), rel=1e-4)
     assert reading.centre == ""
+    assert reading.pulls[0] == pytest.approx(float(per_sample.mean()), rel=1e-4)
 
 
 class TestBadInput:
