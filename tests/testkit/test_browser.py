@@ -23,22 +23,27 @@ def program(path, text):
     path.chmod(0o755)
 
 
+def found_on(path):
+    """The browser that a new process finds: in this one the editor's tests may hold Playwright's loop."""
+    code = "from comfyui_gcfg.testkit import browser; print(browser.find_browser())"
+    environment = {**os.environ, "PATH": path}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
 def test_one_that_does_not_start_is_none(bare):
-    assert browser.find_browser() is None
-    browser.find_browser.cache_clear()
+    assert found_on(str(bare)) == "None"
     program(bare / "chromium", "exit 127")
-    assert browser.find_browser() is None
+    assert found_on(str(bare)) == "None"
 
 
-def test_the_second_is_taken_where_the_first_does_not_start(bare, monkeypatch):
+def test_the_second_is_taken_where_the_first_does_not_start(bare):
     found = next(filter(os.path.exists, ("/usr/bin/chromium", "/usr/bin/google-chrome")), None)
     if found is None:
         pytest.skip("needs a browser of the system")
     program(bare / "chromium", "exit 127")
-    (bare / "google-chrome").symlink_to(found)
-    monkeypatch.setenv("PATH", f"{bare}:{os.environ['PATH']}:/usr/bin:/bin")
-    monkeypatch.setattr(browser, "_NAMES", ("chromium", "google-chrome"))
-    assert browser.find_browser() == str(bare / "google-chrome")
+    program(bare / "chromium-browser", f'exec {found} "$@"')
+    assert found_on(f"{bare}:/usr/bin:/bin") == str(bare / "chromium-browser")
 
 
 def test_means_are_tried_in_turn(bare, monkeypatch):
