@@ -33,8 +33,8 @@ class GCFGGuidanceReport:
                 "latent": (
                     "LATENT",
                     {
-                        "tooltip": "For a GCFG Guider: the output of SamplerCustomAdvanced, so that the report is made "
-                        "after the sampling. Not needed with the KSamplers."
+                        "tooltip": "For a GCFG Guider or GCFG Model: the sampler's output, so that the report is made "
+                        "after the sampling. Not needed with the GCFG KSamplers."
                     },
                 )
             },
@@ -45,8 +45,9 @@ class GCFGGuidanceReport:
         """Draw and write the report."""
         if not report.readings:
             raise GuidanceError(
-                "Guidance Report: report is empty, expected the readings of a run; after a GCFG Guider connect latent "
-                "to the output of SamplerCustomAdvanced, and after a run that ComfyUI has kept change the seed."
+                "Guidance Report: report is empty, expected the readings of a run; after a GCFG Guider or GCFG Model "
+                "connect latent to the output of the sampler, and where ComfyUI shows the result of an earlier run "
+                "change the seed."
             )
         return report_figure(report), report.as_json(), report.as_csv()
 

@@ -220,7 +220,7 @@ def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any]
     if takes(other, model) and identical(prompt, conditioning):
         raise GuidanceError(
             f"{name}: relative_model and relative_conditioning predict what the term itself predicts, so it changes "
-            f"nothing, expected another model or prompt; disconnect them, or connect another one."
+            f"nothing, expected another model or prompt; connect another one, or the prompt to conditioning."
         )
 
 

@@ -298,8 +298,8 @@ def make(comfy):
 
 def test_report_without_readings(make):
     assert refusal(make, GuidanceReport(("a",), 4)) == (
-        "Guidance Report: report is empty, expected the readings of a run; after a GCFG Guider connect latent to the "
-        "output of SamplerCustomAdvanced, and after a run that ComfyUI has kept change the seed."
+        "Guidance Report: report is empty, expected the readings of a run; after a GCFG Guider or GCFG Model connect "
+        "latent to the output of the sampler, and where ComfyUI shows the result of an earlier run change the seed."
     )
 
 

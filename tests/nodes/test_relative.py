@@ -456,7 +456,7 @@ class TestBadInput:
             GuidanceError,
             match=r"^Guidance Term 'style': relative_model and relative_conditioning predict "
             r"what the term itself predicts, so it changes nothing, expected another model or prompt; "
-            r"disconnect them, or connect another one\.$",
+            r"connect another one, or the prompt to conditioning\.$",
         ):
             ours(models["prior"], term.prompts[0], term(2.0, "lora", 1, "lora", 1, label="style"))
 
