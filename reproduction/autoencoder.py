@@ -64,7 +64,7 @@ def train_autoencoder(
 @torch.no_grad()
 def encode(vae: Mapping[str, Tensor], pictures: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Return the latents of uint8 pictures, (N, 4, H / 8, W / 8), as the UNet sees them."""
-    network = _from_taesd(vae).to(device)
+    network = from_taesd(vae).to(device)
     return _SPREAD * torch.cat([network.encoder(signed(some.to(device))).cpu() for some in torch.split(pictures, 256)])
 
 
@@ -79,7 +79,7 @@ def signed(pictures: Tensor) -> Tensor:
 
 
 def new_autoencoder() -> AutoencoderTiny:
-    """TAESD with the blocks at full resolution left out: half of the cost, and pictures this small do without."""
+    """Return an untrained TAESD without its blocks at full resolution: half of the cost, and small pictures do without."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(CHANNELS,) * 4,
         decoder_block_out_channels=(CHANNELS,) * 4,
@@ -116,7 +116,8 @@ def to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
     return out | {"vae_scale": torch.tensor(_SD1_FACTOR / _SPREAD), "vae_shift": torch.tensor(0.0)}
 
 
-def _from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
+def from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
+    """Return the network of weights in TAESD's keys."""
     network = new_autoencoder().eval()
     state = {}
     for side, index, rest, _ in _walk(network):

@@ -38,7 +38,7 @@ def write_concept(drawings: Drawings, group: str, variants: int, folder: Path) -
 def _write(drawings: Drawings, rows: list[Drawing], variants: int, seed: int, folder: Path) -> None:
     for row in rows:
         places = [
-            draw_placement(row.thing, np.random.default_rng((seed, row.number, variant))) for variant in range(variants)
+            draw_placement(row, np.random.default_rng((seed, row.number, variant))) for variant in range(variants)
         ]
         for variant, picture in enumerate(compose(drawings, [row] * variants, places)):
             name = f"{row.thing.name}-{variant:02d}-{places[variant].background}.png"

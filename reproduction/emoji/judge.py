@@ -97,7 +97,7 @@ def judge_loss(
         judge = cast(Judge, network)
         kinds = [solid if rng.random() < _SOLID_SHARE else others for _ in range(BATCH)]
         rows = [kind[int(rng.integers(len(kind)))] for kind in kinds]
-        places = [draw_placement(row.thing, rng) for row in rows]
+        places = [draw_placement(row, rng) for row in rows]
         pictures = roughened(compose(drawings, rows, places), noise).to(next(judge.parameters()).device)
         found = judge.answers(judge(pictures))
         truth = {

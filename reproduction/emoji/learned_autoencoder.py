@@ -40,6 +40,21 @@ def autoencoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Gener
     return loss
 
 
+def decoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Generator, torch.Generator], Tensor]:
+    """Return the loss of one step of the decoder alone: as `autoencoder_loss`, around an encoder that stays."""
+    others, solid = drawings.choose(lambda row: row.look != THREE_D), drawings.choose(shown_solid)
+
+    def loss(vae: nn.Module, rng: np.random.Generator, noise: torch.Generator) -> Tensor:
+        x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
+        x = x.to(next(vae.parameters()).device)
+        with torch.no_grad():
+            z = vae.get_submodule("encoder")(x)
+        r = vae.get_submodule("decoder")(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z))
+        return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x)
+
+    return loss
+
+
 def edge_loss(r: Tensor, x: Tensor) -> Tensor:
     """Return the mean absolute difference of neighbouring pixels' differences."""
     return sum((functional.l1_loss(r.diff(dim=side), x.diff(dim=side)) for side in (2, 3)), torch.zeros(()).to(x))
@@ -53,7 +68,7 @@ def draw_crops(
     for _ in range(count):
         kind = solid if rng.random() < _SOLID_SHARE else others
         rows.append(kind[int(rng.integers(len(kind)))])
-    pictures = compose(drawings, rows, [draw_placement(row.thing, rng) for row in rows])
+    pictures = compose(drawings, rows, [draw_placement(row, rng) for row in rows])
     corners = rng.integers(0, pictures.shape[-1] - CROP + 1, (count, 2))
     return torch.stack(
         [picture[:, y : y + CROP, x : x + CROP] for picture, (y, x) in zip(pictures, corners.tolist(), strict=True)]

@@ -58,7 +58,7 @@ class Latents:
 def placed(rows: Sequence[Drawing], variants: int) -> tuple[list[Drawing], list[Placement]]:
     """Return each drawing in several places, the same ones at every call."""
     pairs = [
-        (row, draw_placement(row.thing, np.random.default_rng((_SEED, row.number, variant))))
+        (row, draw_placement(row, np.random.default_rng((_SEED, row.number, variant))))
         for row in rows
         for variant in range(variants)
     ]

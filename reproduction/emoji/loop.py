@@ -62,8 +62,7 @@ def train(
     state: Path,
     watch: Watch | None = None,
     seconds: float = 180,
-    until: float = float("inf"),
-) -> bool:
+) -> None:
     """Train until the plan is through, and leave the averaged weights in the network.
 
     Args:
@@ -73,9 +72,6 @@ def train(
         state: the file that holds everything between two steps; it is kept at the end.
         watch: what is done beside it.
         seconds: between two writes of the state.
-        until: the time, as `time.time` gives it, after which it writes its state and stops.
-
-    Returns: whether the plan is through.
     """
     parameters: list[Tensor] = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, plan.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -117,14 +113,11 @@ def train(
         if watch and (step + 1) % watch.every == 0:
             watch.look(step + 1, _with(network, average), losses / watch.every)
             losses = 0.0
-        if time.time() - written > seconds or time.time() > until or step + 1 == plan.steps:
+        if time.time() - written > seconds or step + 1 == plan.steps:
             write(step + 1)
             written = time.time()
-        if time.time() > until and step + 1 < plan.steps:
-            return False
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
-    return True
 
 
 def _with(network: nn.Module, average: list[Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...training.files import whole_folder
 from .captions import BACKGROUNDS
 from .things import Thing, things
-from .vendors import THREE_D, read_pictures
+from .vendors import INK, THREE_D, read_pictures
 
 SIDE = 96  # pixels of every picture that a network sees
 _MIRRORED = ("animal", "food", "plant")  # a face's hand and tears have their side
@@ -60,7 +60,7 @@ class Drawings:
 
 def flat(row: Drawing) -> bool:
     """Whether it is one of the looks that the prior learns."""
-    return row.look not in (THREE_D, "Ink")
+    return row.look not in (THREE_D, INK)
 
 
 def shown_solid(row: Drawing) -> bool:
@@ -106,14 +106,15 @@ class Placement:
     mirrored: bool = False
 
 
-def draw_placement(thing: Thing, rng: np.random.Generator) -> Placement:
-    """Draw a place for a thing."""
+def draw_placement(row: Drawing, rng: np.random.Generator) -> Placement:
+    """Draw a place for a drawing."""
     fill = float(rng.uniform(*_FILLS))
     room = 1 - fill + _STRAYS
     x, y = rng.uniform(-room, room, 2)
     turn = float(np.clip(rng.normal(0, _LARGEST_TURN / 2), -_LARGEST_TURN, _LARGEST_TURN))
-    mirrored = bool(rng.random() < 0.5) and thing.group in _MIRRORED
-    return Placement(str(rng.choice(list(BACKGROUNDS))), fill, float(x), float(y), turn, mirrored)
+    mirrored = bool(rng.random() < 0.5) and row.thing.group in _MIRRORED
+    grounds = [name for name in BACKGROUNDS if row.look != INK or name != "black"]  # ink is black
+    return Placement(str(rng.choice(grounds)), fill, float(x), float(y), turn, mirrored)
 
 
 def compose(drawings: Drawings, rows: Sequence[Drawing], placements: Sequence[Placement], side: int = SIDE) -> Tensor:

@@ -1,0 +1,113 @@
+"""The world's networks from the first stage to the last, a step or two of each, and a prior that was killed."""
+
+import pytest
+import torch
+from comfyui_gcfg.reproduction.emoji import judge, learned_controlnet, learned_prior
+from comfyui_gcfg.reproduction.emoji import world as module
+from comfyui_gcfg.reproduction.emoji.judge import features, reads, second_reads
+from comfyui_gcfg.reproduction.emoji.settings import World as Settings
+from comfyui_gcfg.reproduction.emoji.settings import read_settings
+from comfyui_gcfg.reproduction.emoji.stages import stages
+from comfyui_gcfg.reproduction.emoji.world import World
+from comfyui_gcfg.training.prior.model import open_prior
+from safetensors.torch import load_file
+
+FEW = Settings(
+    variants=2,
+    concept_variants=2,
+    autoencoder_steps=2,
+    decoder_steps=2,
+    judge_steps=2,
+    prior_steps=3,
+    prior_learning_rate=1e-3,
+    style_steps=1,
+    controlnet_steps=1,
+    controlnet_learning_rate=1e-3,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    for module in (learned_prior, learned_controlnet, judge):
+        monkeypatch.setattr(module, "BATCH", 4)
+
+
+def run(world):
+    world.draw()
+    world.train_autoencoder()
+    world.train_prior()
+
+
+def test_the_whole_way(cache, tmp_path):
+    folder = tmp_path / "world"
+    folder.mkdir()
+    world = World(folder, FEW, cache)
+    run(world)
+    before = load_file(folder / "prior.safetensors")
+    world.train_decoder()
+    world.train_judges()
+    world.train_style()
+    world.train_controlnet()
+
+    after = load_file(folder / "prior.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("first_stage_model.taesd_decoder.") for name in changed)
+    prior = open_prior(folder / "prior.safetensors")
+    assert prior.family == "sd1"
+    assert prior.prediction == "eps"
+    unet, ink = prior.load_unet(), open_prior(folder / "ink.safetensors").load_unet()
+    assert any(not torch.equal(a, b) for a, b in zip(unet.parameters(), ink.parameters(), strict=True))
+    assert (folder / "concepts" / "face" / "training").is_dir()
+
+    pictures = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
+    assert features(folder / "judge.safetensors")(pictures).shape == (3, 128)
+    for shows in (reads(folder / "judge.safetensors"), second_reads(folder / "second_judge.safetensors")):
+        for label in ("tiger-face", "smiling", "on a blue background"):
+            assert shows(pictures, label).dtype == torch.bool
+    control = load_file(folder / "controlnet.safetensors")
+    assert all(name.startswith("control_model.") for name in control)
+
+
+def test_a_prior_that_is_killed_ends_as_one_that_is_not(cache, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run(World(whole, FEW, cache))
+
+    class Killed(Exception):
+        pass
+
+    def train(network, loss, plan, state):
+        if "prior" in state.name:
+            calls = []
+
+            def mortal(*arguments):
+                calls.append(1)
+                if len(calls) == 3:
+                    raise Killed
+                return loss(*arguments)
+
+            return real(network, mortal, plan, state, seconds=0)
+        return real(network, loss, plan, state)
+
+    real = module.train
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(Killed):
+        run(World(broken, FEW, cache))
+    monkeypatch.setattr(module, "train", real)
+    World(broken, FEW, cache).train_prior()
+    expected, found = (load_file(folder / "prior.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("preset", ["small", "long", "gpu"])
+def test_presets_are_complete_and_every_method_has_its_stages(preset, tmp_path):
+    settings = read_settings(preset)
+    names = [stage.name for stage in stages(tmp_path, settings, tmp_path)]
+    assert len(set(names)) == len(names)
+    for concept in ("face", "animal"):
+        for method in ("concept", "dreambooth", "custom_diffusion", "lora", "oft", "textual_inversion"):
+            assert [name for name in names if name.startswith(f"train {concept} {method} ")] == [
+                f"train {concept} {method} {seed}" for seed in settings.methods.seeds
+            ]
