@@ -79,7 +79,7 @@ def signed(pictures: Tensor) -> Tensor:
 
 
 def new_autoencoder() -> AutoencoderTiny:
-    """Return an untrained TAESD without its blocks at full resolution: half of the cost, and small pictures do without."""
+    """Return an untrained TAESD without its blocks at full resolution: half the cost, and small pictures need none."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(CHANNELS,) * 4,
         decoder_block_out_channels=(CHANNELS,) * 4,

@@ -28,8 +28,8 @@ FEW = Settings(
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    for module in (learned_prior, learned_controlnet, judge):
-        monkeypatch.setattr(module, "BATCH", 4)
+    for part in (learned_prior, learned_controlnet, judge):
+        monkeypatch.setattr(part, "BATCH", 4)
 
 
 def run(world):
