@@ -43,11 +43,29 @@ class Methods(Section):
     seeds: tuple[int, ...]
 
 
+class Evaluation(Section):
+    """Sampler steps, and numbers of images for each concept and seed; those of the weight search are smaller."""
+
+    steps: Positive
+    fid_count: Positive
+    fid_search_count: Positive
+    per_prompt: Positive
+    search_per_prompt: Positive
+    conditions: Positive
+    per_condition: Positive
+    search_conditions: Positive
+    per_cell: Positive
+    diversity_per_prompt: Positive
+    sweep_concept: tuple[float, ...]
+    sweep_control: tuple[float, ...]
+
+
 class Settings(Section):
     """A reproduction."""
 
     world: World
     methods: Methods
+    evaluation: Evaluation
 
 
 def read_settings(preset: str) -> Settings:

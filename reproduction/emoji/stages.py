@@ -7,11 +7,13 @@ from pathlib import Path
 from string import Template
 
 from ..stages import Stage, run_gcfg
+from .evaluation import write_evaluation, write_held_out
 from .methods import ABLATIONS, methods
 from .settings import Settings
 from .world import CONCEPTS, World
 
 _CONFIG = Path(__file__).parent / "configs" / "method.toml"
+_TASKS = ("fid", "alignment", "canny", "diversity", "sweep")
 
 
 def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
@@ -36,6 +38,11 @@ def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
             for seed in settings.methods.seeds:
                 if seed == settings.methods.seeds[0] or name not in ABLATIONS:
                     yield Stage(f"train {concept} {name} {seed}", _training(folder, settings, concept, name, seed))
+    for concept in CONCEPTS:
+        for seed in settings.methods.seeds:
+            for task in _TASKS:
+                yield Stage(f"evaluate {concept} {task} {seed}", _evaluating(folder, settings, concept, task, seed))
+            yield Stage(f"held out {concept} {seed}", _measuring(folder, concept, seed))
 
 
 def _caching(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
@@ -46,6 +53,14 @@ def _training(folder: Path, settings: Settings, concept: str, name: str, seed: i
     own = [*methods(concept)[name], f"output.folder={name}-{seed}", f"output.name={name}", f"train.seed={seed}"]
     changes = [part for setting in own for part in ("--set", setting)]
     return lambda: run_gcfg("train", str(_config(folder, settings, concept)), *changes)
+
+
+def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:
+    return lambda: run_gcfg("evaluate", task, str(write_evaluation(folder, settings, concept, seed)))
+
+
+def _measuring(folder: Path, concept: str, seed: int) -> Callable[[], None]:
+    return lambda: write_held_out(folder, concept, seed)
 
 
 def _config(folder: Path, settings: Settings, concept: str) -> Path:
