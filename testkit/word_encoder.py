@@ -17,7 +17,7 @@ START, END = 49406, 49407
 LAYERS = 1  # that do anything; `with_all_layers` adds those that loaders want
 _SEED = 18
 _CONTEXT = 1.0  # what the words before weigh, against the word's own vector
-_SHARP = 8.0  # the padding's attention to the start token: the others' share is below 1e-9
+_SHARP = 0.75  # the padding's attention to the start token: logit 96, so that the others' share is below 1e-30
 _MARKS = 4  # the first channels say which token starts and which one ends a prompt; words are zero there
 
 
