@@ -19,18 +19,25 @@ def reproduce(
         Path | None, typer.Option(help="Where everything goes; .cache/emoji/PRESET if not given.")
     ] = None,
     cache: Annotated[Path, typer.Option(help="Where the npm packages are, or go.")] = Path(".cache/npm"),
+    publish: Annotated[
+        Path | None, typer.Option(help="Then write the trained models in half precision to this folder.")
+    ] = None,
 ) -> None:
     """Train the world of emoji and every method in it.
 
     It may be killed at any time: the same command goes on where it was.
     """
     from ..stages import run_each
+    from .publish import publish as write
     from .settings import read_settings
     from .stages import stages
 
     try:
         where = folder or Path(".cache/emoji") / Path(preset).stem
-        print(f"{run_each(stages(where, read_settings(preset), cache), where) / 60:.1f} minutes in all")
+        settings = read_settings(preset)
+        print(f"{run_each(stages(where, settings, cache), where) / 60:.1f} minutes in all")
+        if publish:
+            print(f"{write(where, settings, publish) / 1e6:.1f} MB in {publish}")
     except GuidanceError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
