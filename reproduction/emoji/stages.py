@@ -9,6 +9,7 @@ from string import Template
 from ..stages import Stage, run_gcfg
 from .evaluation import write_evaluation, write_held_out
 from .methods import ABLATIONS, methods
+from .pooled import write_tables
 from .settings import Settings
 from .world import CONCEPTS, World
 
@@ -43,6 +44,7 @@ def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
             for task in _TASKS:
                 yield Stage(f"evaluate {concept} {task} {seed}", _evaluating(folder, settings, concept, task, seed))
             yield Stage(f"held out {concept} {seed}", _measuring(folder, concept, seed))
+        yield Stage(f"tables {concept}", _writing(folder, settings, concept))
 
 
 def _caching(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
@@ -61,6 +63,10 @@ def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed:
 
 def _measuring(folder: Path, concept: str, seed: int) -> Callable[[], None]:
     return lambda: write_held_out(folder, concept, seed)
+
+
+def _writing(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
+    return lambda: write_tables(folder, concept, settings.methods.seeds)
 
 
 def _config(folder: Path, settings: Settings, concept: str) -> Path:
