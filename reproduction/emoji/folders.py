@@ -11,17 +11,17 @@ from ...training.files import whole_folder
 from .pictures import Drawing, Drawings, compose, draw_placement
 from .vendors import THREE_D
 
-TRAINING, HELD_OUT = "training", "held-out"
-_SEEDS = {TRAINING: 21, HELD_OUT: 22}
+TRAINING, AGAIN, HELD_OUT = "training", "again", "held-out"
+_SEEDS = {TRAINING: 21, HELD_OUT: 22, AGAIN: 23}
 
 
 def write_concept(drawings: Drawings, group: str, variants: int, folder: Path) -> None:
-    """Write one group's 3D pictures as `training/` and `held-out/`.
+    """Write one group's 3D pictures: `training/`, `again/` (the same things elsewhere) and `held-out/`.
 
     Args:
         drawings: of the world.
         group: face or animal.
-        variants: placements of each thing; of those held out, as many.
+        variants: placements of each thing in each part.
         folder: new.
     """
     with whole_folder(folder) as beside:

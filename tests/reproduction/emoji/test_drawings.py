@@ -125,7 +125,7 @@ def test_held_out_things_are_in_no_folder_that_a_concept_learns_from(drawings, t
     assert {row.look for row in drawings.choose(flat)} == {"Noto", "Blob"}
     for group, shown, kept in (("face", "grinning-face", "cowboy-hat-face"), ("animal", "cat-face", "dog-face")):
         write_concept(drawings, group, 3, tmp_path / group)
-        for part, name in (("training", shown), ("held-out", kept)):
+        for part, name in (("training", shown), ("again", shown), ("held-out", kept)):
             files = sorted((tmp_path / group / part).iterdir())
             assert len(files) == 3
             assert {file.name[: len(name)] for file in files} == {name}
@@ -133,6 +133,8 @@ def test_held_out_things_are_in_no_folder_that_a_concept_learns_from(drawings, t
                 assert picture.size == (96, 96)
                 background = files[0].stem.rsplit("-", 1)[1]
                 assert picture.getpixel((0, 0)) == BACKGROUNDS[background]
+        first, second = (sorted((tmp_path / group / part).iterdir()) for part in ("training", "again"))
+        assert not {file.read_bytes() for file in first} & {file.read_bytes() for file in second}
 
 
 def test_the_same_drawings_are_placed_the_same_at_every_call(drawings):
