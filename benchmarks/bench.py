@@ -1,27 +1,30 @@
-"""What the sections share: the models, how large everything is, and what to time with."""
+"""What the sections share: how large everything is, the models, and what to time with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import comfy.model_management as management
 import torch
 from torch import Tensor
 
+from ..testkit.comfyui import find_comfyui
+from ..testkit.inprocess import import_comfyui
 from .harness import Clock
-from .models import Untrained
+
+if TYPE_CHECKING:  # importing them takes a running ComfyUI
+    from .models import Untrained
+
+FOLDER = Path(".cache/benchmarks")  # of the model files
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One benchmark.
+    """One benchmark; JSON can hold it, for a process of its own.
 
     Attributes:
-        folder: of the model files.
-        output: folder of what is drawn.
         layout: of the untrained models.
         size: of the image, in pixels.
         batch: images in a latent batch; None where nobody said.
@@ -29,11 +32,10 @@ class Bench:
         cpu: whether models run on the CPU.
         cpu_time: see `Clock`.
         threads: of torch on the CPU.
-        flags: of ComfyUI's command line, without their dashes.
+        folder: of the model files.
+        output: folder of what is drawn.
     """
 
-    folder: Path
-    output: Path
     layout: str
     size: int
     batch: int | None
@@ -41,19 +43,38 @@ class Bench:
     cpu: bool
     cpu_time: bool = False
     threads: int = 1
-    flags: Sequence[str] = ()
+    folder: str = str(FOLDER)
+    output: str = "output"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Its attributes."""
+        return asdict(self)
+
+    @property
+    def flags(self) -> list[str]:
+        """Of ComfyUI's command line, without their dashes: two of SDXL in fp32 are 20 GB."""
+        return ["bf16-unet"] if self.cpu and self.layout == "sdxl-full" else []
+
+    def start(self) -> None:
+        """Load ComfyUI into this process, as the benchmark wants it."""
+        # The stock sampler has no progress bar here in some versions; then nor have we.
+        import_comfyui(find_comfyui(), self.cpu, self.flags).utils.PROGRESS_BAR_ENABLED = False
+        torch.set_num_threads(self.threads)
 
     @cached_property
     def models(self) -> Untrained:
         """The untrained models."""
-        models = Untrained(self.folder, self.layout)
-        models.make_files()
-        return models
+        from .models import Untrained
+
+        return Untrained(Path(self.folder), self.layout)
 
     @cached_property
     def clock(self) -> Clock:
         """Of the device that ComfyUI runs its models on."""
-        return Clock(management.get_torch_device(), self.cpu_time)
+        from comfy import model_management
+
+        return Clock(model_management.get_torch_device(), self.cpu_time)
 
     @property
     def latent(self) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..gcfg.guidance_cache import CacheRule
 from ..gcfg.terms import GuidanceTerm
+from ..nodes.runtime.any_sampler import with_terms
 from ..nodes.runtime.guider import GCFGGuider
+from ..nodes.runtime.live import Watch
 from ..nodes.sampling import GCFGKSampler
 from .models import Models
 
@@ -62,7 +64,7 @@ class Case:
 
     text: str
     parts: tuple[Part, ...]
-    by: Literal["GCFG", "stock", "dual"] = "GCFG"
+    by: Literal["GCFG", "stock", "dual", "model"] = "GCFG"
     base: int = 0
 
     @property
@@ -101,7 +103,12 @@ class Case:
         """The latent that the whole node makes: GCFG KSampler, or the stock one."""
         base, first = models.prompt(self.base), self.parts[0]
         ways = how.sampler, how.scheduler
-        if self.ours:
+        if self.by == "model":  # the stock node, on a model that carries all terms but the first
+            prior = with_terms(models.prior, self.terms(models)[1:], Watch())
+            texts = models.prompt(first.prompt), base
+            node = sys.modules["nodes"].KSampler()
+            out = node.sample(prior, how.seed, how.steps, first.weight, *ways, *texts, latent, 1.0)[0]
+        elif self.ours:
             node, terms = GCFGKSampler(), tuple(self.terms(models))
             out = node.sample(models.prior, how.seed, how.steps, *ways, base, latent, 1.0, term_1=terms)[0]
         else:
@@ -142,6 +149,7 @@ _TWO = (_TEXT, Part("prior", 2))
 STOCK = Case("stock CFG", (_TEXT,), "stock")
 ONE = Case("GCFG, one term", (_TEXT,))
 CONCEPT = Case("GCFG, text and concept UNet", (_TEXT, Part("concept", 2)))
+ON_MODEL = Case("KSampler on a GCFG Model, the same", CONCEPT.parts, "model")
 CLONE = Case("GCFG, text and LoRA clone", (_TEXT, Part("tuned", 2)))
 CASES = (
     STOCK,

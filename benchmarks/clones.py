@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,19 +22,7 @@ from .models import unload_all
 CLONE, AGAIN, SHARED = "separated clone", "second load", "clone that shares its module (without us)"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a second set of weights costs.
-
-    Attributes:
-        seconds: until there is one, before ComfyUI loads it and applies its LoRA (the same work in both ways).
-        memory: bytes held beyond the loaded base, once it is loaded and patched.
-        unshared: bytes of its parameters that it does not share with the base.
-    """
-
-    seconds: float
-    memory: int
-    unshared: int
+Cost = tuple[float, float]  # seconds until there is a second set of weights, and MB beyond the loaded base
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
@@ -43,15 +30,14 @@ def figures(bench: Bench) -> Iterator[Figure]:
     makers = {CLONE: _separated, AGAIN: _loaded_again}
     calls = {name: partial(_cost, bench, make) for name, make in makers.items()}
     found = interleaved(calls, bench.repeats, "clones")
-    seconds = {name: [cost.seconds for cost in costs] for name, costs in found.items()}
+    seconds = {name: [cost[0] for cost in costs] for name, costs in found.items()}
     errors = _errors(bench)
     for name, costs in found.items():
         yield Figure.of(name, "time", seconds[name], "s")
         if name == CLONE:
             yield Figure.of(name, "/ second load", ratio(seconds[CLONE], seconds[AGAIN]), "x")
             yield Figure.of(name, "error of a step", [errors[0]], "error", goal=0.0)
-        yield Figure.of(name, "memory", [cost.memory / 1e6 for cost in costs], "MB")
-        yield Figure.of(name, "parameters of its own", [costs[0].unshared / 1e6], "MB")
+        yield Figure.of(name, "memory", [cost[1] for cost in costs], "MB")
     yield Figure.of(SHARED, "error of a step", [errors[1]], "error")
 
 
@@ -64,6 +50,7 @@ def _loaded_again(bench: Bench) -> Any:
 
 
 def _cost(bench: Bench, make: Callable[[Bench], Any], _: int) -> Cost:
+    """The time does not hold ComfyUI's loading, with the LoRA's application: the same work in both ways."""
     unload_all()
     prior, memory = bench.models.prior, Memory(bench.clock.device)
     management.load_models_gpu([prior])
@@ -71,9 +58,7 @@ def _cost(bench: Bench, make: Callable[[Bench], Any], _: int) -> Cost:
     made: list[Any] = []
     seconds = bench.clock.time(lambda: made.append(make(bench)))
     management.load_models_gpu([prior, made[0]])
-    held = memory.now() - before
-    shared = {parameter.data_ptr() for parameter in prior.model.parameters()}
-    return Cost(seconds, held, sum(p.nbytes for p in made[0].model.parameters() if p.data_ptr() not in shared))
+    return seconds, (memory.now() - before) / 1e6
 
 
 def _errors(bench: Bench) -> tuple[float, float]:

@@ -10,18 +10,15 @@ import platform
 import runpy
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from ..testkit.comfyui import find_comfyui, uses_cpu
 from ..testkit.errors import CommandError
-from ..testkit.inprocess import import_comfyui
+from .bench import Bench
 from .figures import Figure, table, write_json
-
-if TYPE_CHECKING:  # importing it takes a running ComfyUI
-    from .bench import Bench
 
 # Each is a module of that name. What runs in a process of its own comes before this one holds models.
 MAIN = {
@@ -35,7 +32,6 @@ MAIN = {
 ASKED = {"training": "the trainer and diffusers' example", "reuse": "Guidance Cache"}
 SECTIONS = ASKED | MAIN
 FAMILIES = ("sd15", "sdxl")
-FOLDER = Path(".cache/benchmarks")  # of the model files
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -75,15 +71,9 @@ def bench(
     if cpu_time and not cpu:
         raise CommandError("--cpu-time: the models run on a GPU, whose time it would not count; leave it out.")
     layout = family if small else f"{family}-full"
-    flags = ["bf16-unet"] if cpu and layout == "sdxl-full" else []  # two of them in fp32 are 20 GB
-    comfy = import_comfyui(find_comfyui(), cpu, flags)
+    work = Bench(layout, size, batch, repeats, cpu, cpu_time, threads, output=str(json.parent))
+    work.start()
     logging.getLogger().setLevel(logging.WARNING)
-    comfy.utils.PROGRESS_BAR_ENABLED = False  # the stock sampler has none here in some versions; then nor have we
-    torch.set_num_threads(threads)
-
-    from .bench import Bench
-
-    work = Bench(FOLDER, json.parent, layout, size, batch, repeats, cpu, cpu_time, threads, flags)
     setting = {"sections": " ".join(wanted), **_setting(work), "load": load}
     print(", ".join(f"{key} {value}" for key, value in setting.items()), flush=True)
     found: dict[str, list[Figure]] = {}

@@ -7,16 +7,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ..testkit.comfyui import PACK, find_comfyui
 from ..testkit.inprocess import import_comfyui
+from .bench import Bench
 from .figures import Figure
 from .harness import interleaved
 from .process import in_new_process
-
-if TYPE_CHECKING:  # importing it takes a running ComfyUI
-    from .bench import Bench
 
 _NAME = "gcfg_as_a_custom_node"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from ..testkit.loads import counting
 from .bench import Bench
@@ -17,8 +17,7 @@ from .models import unload_all
 STEPS = 2
 
 
-@dataclass(frozen=True)
-class Cold:
+class Cold(NamedTuple):
     """A run from unloaded models, and the same run again.
 
     Attributes:
@@ -41,14 +40,14 @@ def figures(bench: Bench) -> Iterator[Figure]:
     cases = (STOCK, CONCEPT, CLONE)
     found = interleaved({case.text: partial(_run, bench, case) for case in cases}, bench.repeats, "loads", False)
     for case in cases:
-        runs, figure = found[case.text], partial(Figure.of, case.text)
-        cold, warm = [run.cold for run in runs], [run.warm for run in runs]
+        figure, goals = partial(Figure.of, case.text), (1, 0) if case.ours else (None, None)
+        cold, warm, peaks, loads, moves = map(list, zip(*found[case.text], strict=True))
         yield figure("cold run", cold, "s")
         yield figure("warm run", warm, "s")
         yield figure("cold / warm", ratio(cold, warm), "x")
-        yield figure("peak memory, cold", [run.peak / 1e6 for run in runs], "MB")
-        yield figure("loads per model", [max(run.loads for run in runs)], "count", goal=1 if case.ours else None)
-        yield figure("moves between steps", [max(run.moves for run in runs)], "count", goal=0 if case.ours else None)
+        yield figure("peak memory, cold", [peak / 1e6 for peak in peaks], "MB")
+        yield figure("loads per model", [max(loads)], "count", goal=goals[0])
+        yield figure("moves between steps", [max(moves)], "count", goal=goals[1])
 
 
 def _run(bench: Bench, case: Case, _: int) -> Cold:

@@ -40,9 +40,6 @@ class Untrained:
         self.layout = layout
         self._family = FAMILIES[layout]
         self._prior, self._concept = folder / f"{layout}-prior.safetensors", folder / f"{layout}-concept.safetensors"
-
-    def make_files(self) -> None:
-        """Write the files."""
         write_once(self._prior, lambda: models.unet_state_dict(self.layout, 0, torch.float16))
         write_once(self._concept, self._concept_state_dict)
 

@@ -18,60 +18,41 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from ..testkit.comfyui import find_comfyui
-from ..testkit.inprocess import import_comfyui
+from .bench import Bench
 from .figures import Figure
 from .memory import Memory
 from .process import in_new_process
-
-if TYPE_CHECKING:  # importing it takes a running ComfyUI
-    from .bench import Bench
 
 STEPS = 2
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
     """Measure in a process of its own; to be called before this one holds models."""
-    bench.models.make_files()
-    found = in_new_process(
-        measure,
-        folder=str(bench.folder.resolve()),
-        layout=bench.layout,
-        size=bench.size,
-        batch=bench.batch or 1,
-        cpu=bench.cpu,
-        flags=list(bench.flags),
-        threads=bench.threads,
-    )
+    _ = bench.models  # their files are written here, not where memory is measured
+    found = in_new_process(measure, **bench.values)
     figure = partial(Figure.of, "prior and concept UNet, from files")
     least = found["weights"] + found["activations"]
     yield figure("peak / (weights + activations)", [found["peak"] / least], "x", goal=1.05)
-    for column in ("peak", "peak while loading", "weights", "activations"):
+    for column in ("peak", "weights", "activations"):
         yield figure(column, [found[column] / 1e6], "MB")
 
 
-def measure(
-    folder: str, layout: str, size: int, batch: int, cpu: bool, flags: list[str], threads: int
-) -> dict[str, float]:
+def measure(**values: Any) -> dict[str, float]:
     """Start ComfyUI, load both models and sample; return bytes by the columns' names."""
-    import_comfyui(find_comfyui(), cpu, flags).utils.PROGRESS_BAR_ENABLED = False
-    torch.set_num_threads(threads)
-    from .bench import Bench
+    bench = Bench(**values)
+    bench.start()
     from .cases import CONCEPT, STOCK, Sampling
 
-    bench = Bench(Path(folder), Path(), layout, size, batch, 1, cpu)
     memory = Memory(bench.clock.device)
     torch.nn.Conv2d(4, 4, 3)(torch.zeros(1, 4, 8, 8, device="cpu"))  # what torch makes once and keeps
     with torch.inference_mode():
         start = memory.now()
         with memory.peak() as whole:
-            with memory.peak() as loading:
-                models = [bench.models.prior, bench.models.concept]
+            models = [bench.models.prior, bench.models.concept]
             CONCEPT.run(bench.models, bench.latent, Sampling(STEPS))
         activations = []
         for _ in range(3):
@@ -81,7 +62,6 @@ def measure(
     weights = {p.data_ptr(): p.nbytes for each in models for p in each.model.diffusion_model.parameters()}
     return {
         "peak": whole.highest - start,
-        "peak while loading": loading.highest - start,
         "weights": sum(weights.values()),
         "activations": statistics.median(activations),
     }

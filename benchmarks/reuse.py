@@ -26,7 +26,7 @@ def figures(bench: Bench, cases: Sequence[Case] = CACHED, steps: int = STEPS) ->
 
     Draws time against PSNR into `reuse-front.png`.
     """
-    world = World(bench.folder)
+    world = World(Path(bench.folder))
     calls = {case.text: partial(_run, bench, world, case, steps) for case in (WORLD_STOCK, *cases)}
     found = interleaved(calls, bench.repeats, "reuse")
     seconds = {name: [seconds for seconds, _ in runs] for name, runs in found.items()}
@@ -42,7 +42,7 @@ def figures(bench: Bench, cases: Sequence[Case] = CACHED, steps: int = STEPS) ->
         quality = list(map(psnr, images[name], images[FULL.text]))
         made.append(figure(PSNR, quality, "dB", goal=_goal(case, 35.0), at_least=True))
         made.append(figure("latent RMSE", list(map(rmse, latents[name], latents[FULL.text])), "x"))
-    draw(made, bench.output / "reuse-front.png")
+    draw(made, Path(bench.output) / "reuse-front.png")
     yield from made
 
 

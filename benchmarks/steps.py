@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.samplers
 from torch import Tensor
@@ -17,8 +16,7 @@ from .figures import Figure
 from .harness import Split, interleaved, ratio, watching
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step.
 
     Attributes:
@@ -47,18 +45,17 @@ def _row(case: Case, steps: Sequence[Step], stock: Sequence[Step]) -> Iterator[F
     figure = partial(Figure.of, case.text)
     batches = steps[0].batches
     evaluations, of_stock = sum(batches), sum(stock[0].batches)
+    seconds = [step.seconds for step in steps]
     yield figure("model calls", [len(batches)], "count", note=f" of batch {', '.join(map(str, batches))}")
-    yield figure("step", [step.seconds for step in steps], "s")
+    yield figure("step", seconds, "s")
     goal = 1.5 if case.ours and 2 * evaluations == 3 * of_stock else None
-    over = ratio([step.seconds for step in steps], [step.seconds for step in stock])
-    yield figure("/ stock CFG", over, "x", goal=goal)
+    yield figure("/ stock CFG", ratio(seconds, [step.seconds for step in stock]), "x", goal=goal)
     yield figure("by evaluations", [evaluations / of_stock], "x")
     within = [step.split.whole / step.split.within for step in steps]
     yield figure("/ its model calls", within, "x", goal=1.01 if case.ours else None)
     yield figure("- its model calls", [1000 * step.split.around for step in steps], "ms")
     if case.ours:
-        apart = [step.apart for step in steps if step.apart is not None]
-        yield figure("/ separate calls", ratio([step.seconds for step in steps], apart), "x")
+        yield figure("/ separate calls", ratio(seconds, [step.apart or 0 for step in steps]), "x")
 
 
 def _step(bench: Bench, case: Case, _: int) -> Step:

@@ -8,16 +8,16 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..testkit.errors import CommandError
+from .bench import Bench
 from .figures import Figure
 from .harness import Clock, interleaved, ratio
 from .memory import Memory
 from .process import in_new_process
-
-if TYPE_CHECKING:  # importing it takes a running ComfyUI
-    from .bench import Bench
 
 STEPS = 3  # that are timed, after one that warms up
 OURS = "gcfg train"
@@ -29,20 +29,20 @@ def figures(bench: Bench) -> Iterator[Figure]:
     """Start every loop once per round, in a process of its own."""
     if bench.layout not in LAYOUTS:
         raise CommandError("training: it is measured on SD1.5 only; leave --family out.")
-    setting = {"folder": str(bench.folder.resolve()), "layout": bench.layout, "size": bench.size}
     environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(bench.threads)}
     if bench.cpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    in_new_process(make_files, environment, **setting)
-    setting |= {"batch": bench.batch or 2, "threads": bench.threads, "cpu_time": bench.cpu_time}
+    batch = bench.batch or 2
+    values = bench.values | {"batch": batch}
+    in_new_process(make_files, environment, **values)
 
     def run(fused: bool | None, _: int) -> dict[str, Any]:
-        found: dict[str, Any] = in_new_process(measure, environment, **setting, fused=fused)
+        found: dict[str, Any] = in_new_process(measure, environment, fused=fused, **values)
         return found
 
     loops = {OURS: None, **PEERS}
     calls = {name: partial(run, fused) for name, fused in loops.items()}
-    yield from rows(interleaved(calls, bench.repeats, "training", warm_up=False), bench.batch or 2)
+    yield from rows(interleaved(calls, bench.repeats, "training", warm_up=False), batch)
 
 
 def rows(found: dict[str, list[dict[str, Any]]], batch: int) -> Iterator[Figure]:
@@ -63,46 +63,33 @@ def rows(found: dict[str, list[dict[str, Any]]], batch: int) -> Iterator[Figure]
         yield figure("peak memory", [peak / 1e6 for peak in peaks[name]], "MB")
 
 
-def make_files(folder: str, layout: str, size: int) -> None:
-    """Write the checkpoint and the latents, unless they are there."""
+def make_files(**values: Any) -> None:
+    """Write the checkpoint and the latents of a benchmark of these values, unless they are there."""
     from .training_files import make_checkpoint, make_latents
 
-    make_latents(Path(folder), make_checkpoint(Path(folder), layout), size)
+    bench = Bench(**values)
+    make_latents(bench, make_checkpoint(bench))
 
 
-def measure(
-    folder: str, layout: str, size: int, batch: int, threads: int, cpu_time: bool, fused: bool | None
-) -> dict[str, Any]:
+def measure(fused: bool | None, **values: Any) -> dict[str, Any]:
     """Train for some steps.
 
     Args:
-        folder: of the files.
-        layout: of the checkpoint.
-        size: side of the images, in pixels.
-        batch: images of a step.
-        threads: of torch on the CPU.
-        cpu_time: count computing seconds in place of the wall clock's.
         fused: whether the peer's AdamW is fused; None for our loop.
+        values: of the benchmark.
 
     Returns: the seconds of each timed step, all that the loop does in it included; of ours, the share of each that
         reading samples and reporting took, by the wall clock; and the most memory in bytes.
     """
-    import torch
+    from .training_loops import ours, theirs
 
-    from . import training_loops
-    from .training_files import make_checkpoint, make_latents
-
-    torch.set_num_threads(threads)
+    bench = Bench(**values)
+    torch.set_num_threads(bench.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = make_checkpoint(Path(folder), layout)
-    setting = training_loops.Setting(checkpoint, size, batch, "fp32" if device.type == "cpu" else "bf16")
-    clock, seconds, beside = Clock(device, cpu_time), [], []
+    precision = "fp32" if device.type == "cpu" else "bf16"
+    clock, seconds, beside = Clock(device, bench.cpu_time), [], []
     with tempfile.TemporaryDirectory() as output, Memory(device).peak() as peak:
-        if fused is None:
-            latents = make_latents(Path(folder), checkpoint, size)
-            loop = training_loops.ours(setting, latents, Path(output), STEPS + 1)
-        else:
-            loop = training_loops.theirs(setting, layout, fused)
+        loop = ours(bench, precision, Path(output), STEPS + 1) if fused is None else theirs(bench, precision, fused)
         with loop as step:
             for _ in range(STEPS + 1):
                 start, wall = clock.now(), time.perf_counter()

@@ -14,18 +14,20 @@ from ..testkit.models import save_checkpoint, unet_state_dict
 from ..training.data.images import Geometry
 from ..training.data.shards import Recipe, Record, shard_name, vae_fingerprint, write_shard
 from ..training.prior.model import open_prior
+from .bench import Bench
 
 CACHED = 512  # images in the cache, one shard
 
 
-def make_checkpoint(folder: Path, layout: str) -> Path:
+def make_checkpoint(bench: Bench) -> Path:
     """Write the checkpoint in fp16, as models are shared, unless it is there.
 
     SD1.5 has 859.5 M parameters in the UNet, 83.7 M in the VAE and 123.1 M in the text encoder.
     """
-    path = folder / f"training-{layout}.safetensors"
+    layout = bench.layout
+    path = Path(bench.folder) / f"training-{layout}.safetensors"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         vae, clip = _half(_vae(layout)), _half(text_encoder(layout))
         part = path.with_suffix(".part")  # an interrupted run leaves no file that looks whole
@@ -34,9 +36,10 @@ def make_checkpoint(folder: Path, layout: str) -> Path:
     return path
 
 
-def make_latents(folder: Path, checkpoint: Path, size: int) -> Path:
+def make_latents(bench: Bench, checkpoint: Path) -> Path:
     """Write a cache of random latents as `gcfg cache` would leave it, unless it is there."""
-    cache = folder / f"{checkpoint.stem}-latents-{size}"
+    size = bench.size
+    cache = checkpoint.with_name(f"{checkpoint.stem}-latents-{size}")
     if not cache.is_dir():
         part, side = cache.with_suffix(".part"), size // 8
         recipe = Recipe(vae_fingerprint(open_prior(checkpoint).load_vae()), size, "resize", True)

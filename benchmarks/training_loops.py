@@ -11,14 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
-from torch import Tensor
 from torch.nn import functional
 
 from ..training.config import Config
@@ -27,57 +25,37 @@ from ..training.monitor import Monitor
 from ..training.objective import STABLE_DIFFUSION, TIMESTEPS
 from ..training.prior.model import open_prior
 from ..training.run import new_accelerator, new_learner, take_step
-from .training_files import text_encoder
+from .bench import Bench
+from .training_files import make_checkpoint, make_latents, text_encoder
 
 TOKENS, VOCABULARY = 77, 49408
 Step = Callable[[], float]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What both loops share.
-
-    Attributes:
-        checkpoint: the prior's file.
-        size: side of the images, in pixels.
-        batch: images of a step.
-        precision: "fp32" or "bf16".
-    """
-
-    checkpoint: Path
-    size: int
-    batch: int
-    precision: str
-
-
 @contextmanager
-def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Iterator[Step]:
+def ours(bench: Bench, precision: str, output: Path, steps: int) -> Iterator[Step]:
     """Load the models, and yield a function that takes one step of `gcfg train` on a cache of latents.
 
     Its own functions, without samples and checkpoints; log and TensorBoard are written within the step. It returns the
     seconds that reading samples and reporting took.
     """
+    checkpoint = make_checkpoint(bench)
     config = Config.model_validate(
         {
-            "model": {"checkpoint": str(setting.checkpoint)},
-            "data": {"cache": str(latents), "resolution": setting.size},
-            "train": {
-                "steps": steps,
-                "batch_size": setting.batch,
-                "precision": setting.precision,
-                "ema_decay": 0.0,
-            },
+            "model": {"checkpoint": str(checkpoint)},
+            "data": {"cache": str(make_latents(bench, checkpoint)), "resolution": bench.size},
+            "train": {"steps": steps, "batch_size": bench.batch, "precision": precision, "ema_decay": 0.0},
             "output": {"folder": str(output)},
         }
     )
     accelerator = new_accelerator(config)
     material = read_material(config)
-    learner = new_learner(config, material, accelerator, fresh=False)
+    learner = new_learner(material, accelerator, fresh=False)
     monitor, taken = Monitor(config, 0), 0
 
     def step() -> float:
         nonlocal taken
-        result, timing = take_step(config, material, learner, accelerator, taken)
+        result, timing = take_step(material, learner, taken)
         taken += 1
         start = time.perf_counter()
         monitor.step(taken, result, 0, timing)
@@ -88,26 +66,28 @@ def ours(setting: Setting, latents: Path, output: Path, steps: int) -> Iterator[
 
 
 @contextmanager
-def theirs(setting: Setting, layout: str, fused: bool) -> Iterator[Step]:
+def theirs(bench: Bench, precision: str, fused: bool) -> Iterator[Step]:
     """Load the models, and yield a function that takes one step of the peer; it returns 0.
 
     Args:
-        setting: what both loops share.
-        layout: of the checkpoint.
+        bench: with the layout, the size and the batch.
+        precision: "fp32" or "bf16".
         fused: give it torch's fused AdamW, which the script does not ask for.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if setting.precision == "bf16" else "no")
-    device, dtype = accelerator.device, torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    prior = open_prior(setting.checkpoint)
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    device, dtype = accelerator.device, torch.bfloat16 if precision == "bf16" else torch.float32
+    prior = open_prior(make_checkpoint(bench))
     unet = prior.load_unet().train()
     vae = prior.load_vae().to(device, dtype)
-    encoder = text_encoder(layout).to(device, dtype)
+    encoder = text_encoder(bench.layout).to(device, dtype)
     schedule = DDPMScheduler(TIMESTEPS, **STABLE_DIFFUSION)
     more = {"fused": True} if fused else {}
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-5, (0.9, 0.999), weight_decay=1e-2, eps=1e-8, **more)
     rates = get_scheduler("constant", optimizer)
     unet, optimizer, rates = accelerator.prepare(unet, optimizer, rates)
-    pixels, words = _inputs(setting, device)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(bench.batch or 2, 3, bench.size, bench.size, generator=generator).to(device) * 2 - 1
+    words = torch.randint(0, VOCABULARY, (len(pixels), TOKENS), generator=generator).to(device)
 
     def step() -> float:
         latents = vae.encode(pixels.to(dtype)).latent_dist.sample() * vae.config.scaling_factor
@@ -125,11 +105,3 @@ def theirs(setting: Setting, layout: str, fused: bool) -> Iterator[Step]:
         return 0.0
 
     yield step
-
-
-def _inputs(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a batch of pixels in [-1, 1] and of tokens."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(setting.batch, 3, setting.size, setting.size, generator=generator) * 2 - 1
-    words = torch.randint(0, VOCABULARY, (setting.batch, TOKENS), generator=generator)
-    return pixels.to(device), words.to(device)

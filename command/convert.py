@@ -25,20 +25,10 @@ _WRAPPER = "state_dict"  # where training frameworks keep the weights
 _RENAMED = "-converted"  # a pickle that ends in .safetensors has taken the name of what it would become
 _CALLED = re.compile(r"GLOBAL ([\w.]+)")  # torch's words for what a pickle would call
 _UNPICKLER = re.compile(r"WeightsUnpickler error: ([^\n]*)")
-_NAMES: tuple[str, ...] = (
-    "bool",
-    "uint8",
-    "int8",
-    "uint16",
-    "int16",
-    "uint32",
-    "int32",
-    "uint64",
-    "int64",
-    "complex64",
-)
-_NAMES += ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz")
-_NAMES += ("float16", "bfloat16", "float32", "float64")
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64")
+_FLOATS8 = ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NAMES = ("bool", *_INTEGERS, *_FLOATS, *_FLOATS8)
 _DTYPES = frozenset(getattr(torch, name) for name in _NAMES if hasattr(torch, name))  # what read_header takes
 
 

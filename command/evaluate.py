@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from ..gcfg.errors import GuidanceError
 from .errors import one_sentence, say
 
 if TYPE_CHECKING:
+    from ..evaluation.results import Result
     from ..evaluation.run import Evaluation
 
 app = typer.Typer(
@@ -41,28 +42,23 @@ Methods = Annotated[
 ]
 
 
-@app.command("fid", epilog=_SETTINGS)
-def fid_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Fidelity: FID of each method's unconditional images."""
-    _measure(config, overrides, method, ("fid",))
+_TASKS: dict[Task, str] = {
+    "fid": "Fidelity: FID of each method's unconditional images.",
+    "alignment": "Control by text: how often the attribute that was prompted is in the image.",
+    "canny": "Control by edges: those of the condition against those of the image.",
+    "diversity": "How much the images of one prompt differ.",
+}
 
 
-@app.command("alignment", epilog=_SETTINGS)
-def alignment_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Control by text: how often the attribute that was prompted is in the image."""
-    _measure(config, overrides, method, ("alignment",))
+def _add_task(task: Task, text: str) -> None:
+    @app.command(task, epilog=_SETTINGS, help=text)
+    def command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
+        with _evaluation(config, overrides) as evaluation:
+            _run(evaluation, (task,), method)
 
 
-@app.command("canny", epilog=_SETTINGS)
-def canny_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """Control by edges: those of the condition against those of the image."""
-    _measure(config, overrides, method, ("canny",))
-
-
-@app.command("diversity", epilog=_SETTINGS)
-def diversity_command(config: ConfigFile, overrides: Overrides = None, method: Methods = None) -> None:
-    """How much the images of one prompt differ."""
-    _measure(config, overrides, method, ("diversity",))
+for _task, _text in _TASKS.items():
+    _add_task(_task, _text)
 
 
 @app.command("sweep", epilog=_SETTINGS)
@@ -116,19 +112,14 @@ def abtest_command(
     with one_sentence():
         settings = load_config(config, overrides or ())
         from ..evaluation import abtest
-        from ..evaluation.comparison import FOLDER, comparison
 
-        folder = settings.output_folder / FOLDER
+        folder = settings.output_folder / abtest.FOLDER
         if count:
             say(abtest.summary(abtest.win_rates(count, abtest.key_of(folder))).split("\n"))
             return
         _refuse_unknown(settings, method)
-        say(str(abtest.write_page(comparison(settings, method or (), trials), folder, seed=settings.sampling.seed)))
-
-
-def _measure(config: Path, overrides: list[str] | None, methods: list[str] | None, tasks: Sequence[Task]) -> None:
-    with _evaluation(config, overrides) as evaluation:
-        _run(evaluation, tasks, methods)
+        shown = abtest.trials_of(settings, method or (), trials)
+        say(str(abtest.write_page(shown, folder, settings.sampling.seed)))
 
 
 @contextmanager
@@ -136,9 +127,7 @@ def _evaluation(config: Path, overrides: list[str] | None) -> Iterator[Evaluatio
     with one_sentence():
         settings = load_config(config, overrides or ())
         try:
-            from ..evaluation.run import (
-                Evaluation,  # torch and diffusers take seconds to import: not before --help is answered
-            )
+            from ..evaluation.run import Evaluation  # seconds of imports: not before --help is answered
         except ModuleNotFoundError as error:
             raise GuidanceError(
                 f"gcfg evaluate needs {error.name}, which was not found; install it with: pip install "
@@ -163,11 +152,11 @@ def _sweep(evaluation: Evaluation) -> None:
 
     result = run_sweep(evaluation)
     if evaluation.is_main:
-        say(f"sweep: {len(result['search'])} pairs of weights: {evaluation.folder / result['grid']}")
+        say(f"sweep: {len(result.search)} pairs of weights: {evaluation.folder / result.grid}")
 
 
 def _report(config: Config, page: Path | None = None, stages: Path | None = None) -> None:
-    from ..evaluation.report import report
+    from ..evaluation.report.folder import report
 
     say(str(report(config, page, stages)))
 
@@ -179,10 +168,10 @@ def _refuse_unknown(config: Config, methods: Sequence[str] | None) -> None:
         raise GuidanceError(f"--method {unknown[0]!r} is no method of the config, expected one of {known}.")
 
 
-def _line(result: dict[str, Any]) -> str:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result["numbers"].items())
-    line = f"{result['task']} of {result['title']}: {numbers} ({result['count']:,} images)"
-    if not result["search"]:
+def _line(result: Result) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.numbers.items())
+    line = f"{result.task} of {result.title}: {numbers} ({result.count:,} images)"
+    if not result.search:
         return line
-    weights = ", ".join(f"{term['weight']:g}" for term in result["recipe"]["terms"])
-    return f"{line}; weights {weights}, of {len(result['search'])} searched: {result['rule']}"
+    weights = ", ".join(f"{term['weight']:g}" for term in result.terms)
+    return f"{line}; weights {weights}, of {len(result.search)} searched: {result.rule}"

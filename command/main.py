@@ -69,12 +69,12 @@ def cache_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode the images once with the VAE; what is already encoded is kept."""
     with one_sentence():
         settings = load_config(config, overrides or ())
-        from ..training.encode_images import encode_images, summary
+        from ..training.material import encode_images
         from ..training.processes import join_processes
 
         report = encode_images(settings)
         if join_processes().is_main_process:
-            say(summary(report, settings).split("\n"))
+            say(report.lines(settings.data.cache))
 
 
 @app.command("train", epilog=_SETTINGS)

@@ -17,9 +17,9 @@ from ..testkit import model_files, pictures, prompts, small_world
 from ..testkit.client import Client, Progress, Prompt
 from ..testkit.comfyui import PACK, find_comfyui, uses_cpu
 from ..testkit.errors import CommandError
+from ..testkit.model_files import CONCEPT, PRIOR
 from ..testkit.server import Server
-from ..testkit.workflow import problems, to_prompt, unknown_nodes
-from . import own_files
+from ..testkit.workflow import problems, refusing_nodes, to_prompt, unknown_nodes
 from .digits import WORKFLOW as DIGITS
 from .digits import digit_sheet
 from .sheet import Entry, contact_sheet, side_by_side
@@ -45,16 +45,53 @@ def choose(only: list[str]) -> list[Path]:
     return [found[name] for name in only] if only else list(found.values())
 
 
+def use_own(folder: Path, model: Path, concept: Path | None) -> dict[str, str]:
+    """Link the user's files into a ComfyUI `models/` folder and return the workflows' names -> their names.
+
+    Raises: CommandError: if a file is missing.
+    """
+    names = {}
+    for variable, kind, usual, path in (("MODEL", "checkpoints", PRIOR, model), ("CONCEPT", "unet", CONCEPT, concept)):
+        if path is None:
+            continue
+        if not path.is_file():
+            raise CommandError(f"{variable}: expected an SD1.5 file, found none at {path}; correct the path.")
+        link = folder / kind / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(path.resolve())
+        except OSError:  # Windows without developer mode
+            link.hardlink_to(path.resolve())
+        names[usual] = path.name
+    return names
+
+
+def renamed(prompt: Prompt, names: dict[str, str]) -> Prompt:
+    """Return the prompt with the file names replaced."""
+    return {
+        node: {
+            **entry,
+            "inputs": {k: names.get(v, v) if isinstance(v, str) else v for k, v in entry["inputs"].items()},
+        }
+        for node, entry in prompt.items()
+    }
+
+
 def prepare(
     client: Client, paths: list[Path], own: dict[str, str] | None, size: int | None, steps: int | None
 ) -> list[Job]:
-    """Convert the workflows for this server, leaving out those whose nodes or files are not there."""
+    """Convert the workflows for this server, leaving out those whose files or nodes it lacks, or is too old for."""
     jobs = []
     for path in paths:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         unknown = unknown_nodes(workflow, client.object_info)
         if unknown:
             print(f"skipped {path.stem}: this ComfyUI has no node {', '.join(unknown)}")
+            continue
+        refusing = refusing_nodes(workflow, client.object_info)
+        if refusing:
+            print(f"skipped {path.stem}: this ComfyUI is too old for {', '.join(refusing)}")
             continue
         prompt = prompts.shrunk(to_prompt(workflow, client.object_info), size, steps)
         if own is None:
@@ -66,7 +103,7 @@ def prepare(
         if missing:
             print(f"skipped {path.stem}: it also needs {', '.join(sorted(missing))}")
             continue
-        jobs.append(Job(path.stem, own_files.renamed(prompt, own or {})))
+        jobs.append(Job(path.stem, renamed(prompt, own or {})))
     return jobs
 
 
@@ -144,7 +181,7 @@ def demo(
     paths = choose(only or [])
     work = (cache / ("own" if model else "small")).resolve()
     if model:
-        own: dict[str, str] | None = own_files.use_own(work / "models", model, concept)
+        own: dict[str, str] | None = use_own(work / "models", model, concept)
     else:
         own, size, steps = None, size or small_world.SIZE, steps or SMALL_STEPS
         model_files.make_small_models(work / "models", print)

@@ -54,6 +54,5 @@ def _laid_out(rows: Sequence[Sequence[Path]]) -> Image.Image:
         y = MARGIN + _LINE + row * step
         draw.text((MARGIN, y + _CELL // 2), title, INK, font, anchor="lm")
         for column, path in enumerate(paths):
-            with Image.open(path) as image:
-                sheet.paste(fitted(image.convert("RGB"), _CELL), (_LABEL + column * step, y))
+            sheet.paste(fitted(path, _CELL), (_LABEL + column * step, y))
     return sheet

@@ -24,6 +24,8 @@ _FOLDERS = {  # of what the loaders take, by the name of their widget
     "ckpt_name": "checkpoints",
     "unet_name": "diffusion_models",
     "clip_name": "text_encoders",
+    "clip_name1": "text_encoders",
+    "clip_name2": "text_encoders",
     "text_encoder": "text_encoders",
     "vae_name": "vae",
 }

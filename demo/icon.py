@@ -5,7 +5,6 @@ python -m comfyui_gcfg.demo.icon docs/images
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -15,8 +14,9 @@ ICON = 400  # pixels; the registry takes at most 800
 BANNER = (1680, 720)  # 21 : 9
 _SCALE = 4  # drawn larger, then reduced: smooth edges
 _PAPER, _INK = (24, 27, 34), (240, 240, 235)
-_TERMS = (((0.42, -0.06), (230, 159, 0)), ((-0.02, -0.40), (86, 180, 233)), ((-0.14, -0.22), (0, 190, 140)))
-_ORIGIN = (0.36, 0.82)
+# Points and steps are complex numbers, in shares of the side.
+_TERMS = ((0.42 - 0.06j, (230, 159, 0)), (-0.02 - 0.40j, (86, 180, 233)), (-0.14 - 0.22j, (0, 190, 140)))
+_ORIGIN = 0.36 + 0.82j
 
 
 def icon(size: int = ICON) -> Image.Image:
@@ -24,12 +24,10 @@ def icon(size: int = ICON) -> Image.Image:
     side = size * _SCALE
     image = Image.new("RGB", (side, side), _PAPER)
     draw = ImageDraw.Draw(image)
-    total = (sum(step[0] for step, _ in _TERMS), sum(step[1] for step, _ in _TERMS))
     for step, colour in _TERMS:
-        _arrow(draw, _ORIGIN, step, colour, 0.03, side)
-    _arrow(draw, _ORIGIN, total, _INK, 0.045, side)
-    x, y, r = _ORIGIN[0] * side, _ORIGIN[1] * side, 0.05 * side
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=_INK)
+        _arrow(draw, step, colour, 0.03, side)
+    _arrow(draw, sum(step for step, _ in _TERMS), _INK, 0.045, side)
+    draw.circle((_ORIGIN.real * side, _ORIGIN.imag * side), 0.05 * side, fill=_INK)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -46,25 +44,16 @@ def banner() -> Image.Image:
     return image
 
 
-def _arrow(
-    draw: ImageDraw.ImageDraw,
-    start: tuple[float, float],
-    step: tuple[float, float],
-    colour: tuple[int, int, int],
-    thick: float,
-    side: int,
-) -> None:
-    """An arrow from a point by a step, all in shares of the side."""
-    length = math.hypot(*step)
-    along = (step[0] / length, step[1] / length)
-    head = 3 * thick
-    neck = (start[0] + step[0] - head * along[0], start[1] + step[1] - head * along[1])
-    tip = (start[0] + step[0], start[1] + step[1])
-    across = (-along[1] * head * 0.6, along[0] * head * 0.6)
-    scaled = [(side * x, side * y) for x, y in (start, neck)]
-    draw.line(scaled, fill=colour, width=round(thick * side))
-    wings = [(neck[0] + across[0], neck[1] + across[1]), (neck[0] - across[0], neck[1] - across[1])]
-    draw.polygon([(side * x, side * y) for x, y in (tip, *wings)], fill=colour)
+def _arrow(draw: ImageDraw.ImageDraw, step: complex, colour: tuple[int, int, int], thick: float, side: int) -> None:
+    """An arrow from the origin."""
+    head = 3 * thick * step / abs(step)
+    tip = _ORIGIN + step
+    neck, wing = tip - head, 0.6j * head
+    shaft, point = (
+        [(side * z.real, side * z.imag) for z in zs] for zs in ((_ORIGIN, neck), (tip, neck + wing, neck - wing))
+    )
+    draw.line(shaft, fill=colour, width=round(thick * side))
+    draw.polygon(point, fill=colour)
 
 
 def main() -> None:

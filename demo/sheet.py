@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, MARGIN, LINE = 224, 16, 18
 PAPER, INK, FAINT = (250, 250, 248), (28, 28, 28), (120, 120, 120)
@@ -34,27 +34,22 @@ def contact_sheet(entries: Sequence[Entry], caption: str, columns: int = 3) -> I
         x, y = MARGIN + index % columns * step_x, top + index // columns * step_y
         draw.text((x, y), entry.workflow, INK, font)
         draw.text((x, y + LINE - 2), f"{label}   {entry.seconds:.1f} s".strip(), FAINT, font)
-        with Image.open(path) as image:
-            picture = fitted(image.convert("RGB"), CELL)
+        picture = fitted(path, CELL)
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + 2 * LINE))
     return sheet
 
 
-def fitted(image: Image.Image, size: int) -> Image.Image:
-    """Return the image scaled, up or down, to fit a square of `size`."""
-    factor = size / max(image.size)
-    shape = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image.resize(shape, Image.Resampling.LANCZOS)
+def fitted(path: Path, size: int) -> Image.Image:
+    """Return an image file's picture scaled, up or down, to fit a square of `size`."""
+    with Image.open(path) as image:
+        return ImageOps.contain(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
 
 
 def side_by_side(paths: Sequence[Path], width: int = 512) -> Image.Image:
     """Return the images in one row no wider than `width`: a workflow's thumbnail."""
     gap = 4
     each = (width - gap * (len(paths) - 1)) // len(paths)
-    pictures = []
-    for path in paths:
-        with Image.open(path) as image:
-            pictures.append(fitted(image.convert("RGB"), min(each, 384)))
+    pictures = [fitted(path, min(each, 384)) for path in paths]
     total = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     row = Image.new("RGB", (total, max(p.height for p in pictures)), PAPER)
     x = 0

@@ -12,16 +12,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file, whole_folder
+from .config import METHODS, Config
+from .images import picture, read_image_of
+from .results import RESULTS, Result, Results, read_results
+from .tasks import TASKS
 
-QUESTION = "Which image is best?"
+FOLDER = "abtest"
 _FORMAT = 1
 _PAGE = ("index.html", "abtest.css", "study.js", "page.js")
+_TITLE, _QUESTION = "A comparison of images", "Which image is best?"
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,50 @@ def key_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-key.json")
 
 
-def write_page(trials: Sequence[Trial], folder: Path, title: str = "A comparison of images", seed: int = 0) -> Path:
+def trials_of(config: Config, methods: Sequence[str], count: int) -> list[Trial]:
+    """Return trials over the images of stored results.
+
+    Args:
+        config: the evaluation's.
+        methods: names; none for all of the tables, without the ablations.
+        count: trials of each task; fewer where there are fewer images.
+
+    Raises: GuidanceError: if no task has results of two methods.
+    """
+    results = Results(read_results(config.output_folder / RESULTS))
+    trials: list[Trial] = []
+    for task in ("fid", "alignment", "canny"):
+        compared = [
+            each for each in results.of_task(task) if (each.method in methods if methods else each.group == METHODS)
+        ]
+        if len(compared) > 1:
+            trials += _trials(compared, config, count)
+    if not trials:
+        raise GuidanceError(
+            f"{str(config.output_folder)!r} holds no results of two methods for one task, expected some; run `gcfg "
+            "evaluate tables` first."
+        )
+    return trials
+
+
+def _trials(results: Sequence[Result], config: Config, count: int) -> Iterator[Trial]:
+    task = TASKS[results[0].task](config)
+    places = [(prompt, number) for prompt, images in enumerate(task.counts(search=False)) for number in range(images)]
+    for prompt, number in sorted(random.Random(config.sampling.seed).sample(places, min(count, len(places)))):
+        images = {each.method: read_image_of(config.output_folder / each.images, prompt, number) for each in results}
+        condition = task.hints(range(number, number + 1))[0].byte() * 255 if task.hints else None
+        yield Trial(task.name, task.prompts[prompt], images, condition)
+
+
+def write_page(trials: Sequence[Trial], folder: Path, seed: int = 0) -> Path:
     """Write the page into a new folder, which needs no server and names no method, and its key beside it.
 
     Returns: the page, folder/index.html.
 
-    Raises: GuidanceError: if the folder exists, or a trial has fewer than two images.
+    Raises: GuidanceError: if the folder exists.
     """
     if folder.exists():
         raise GuidanceError(f"{str(folder)!r} exists already, expected a new folder; remove it or name another.")
-    for trial in trials:
-        if len(trial.images) < 2:
-            raise GuidanceError(
-                f"the A/B test of {trial.task!r} compares {len(trial.images)} method(s), expected two or more."
-            )
     owners = [(number, method) for number, trial in enumerate(trials) for method in trial.images]
     random.Random(seed).shuffle(owners)  # a file's name tells nothing
     names = {owner: f"{place:05d}.png" for place, owner in enumerate(owners)}
@@ -93,12 +127,16 @@ def write_page(trials: Sequence[Trial], folder: Path, title: str = "A comparison
     with whole_folder(folder) as beside:
         for name in _PAGE:
             (beside / name).write_bytes((files(__package__) / "abtest_page" / name).read_bytes())
-        shown = [_shown(number, trial, names) for number, trial in enumerate(trials)]
-        page = {"id": test, "title": title, "question": QUESTION, "trials": shown}
+        shown = []
         for number, trial in enumerate(trials):
-            _write_images(number, trial, names, beside)
-        text = f"const TEST = {json.dumps(page, indent=1)};\n"
-        (beside / "trials.js").write_text(text, encoding="utf-8")
+            images = {names[number, method]: image for method, image in trial.images.items()}
+            condition = {} if trial.condition is None else {f"condition-{number:05d}.png": trial.condition}
+            for name, pixels in (images | condition).items():
+                picture(pixels).save(beside / name)
+            # Sorted: in the methods' order they would tell them.
+            shown.append({"prompt": trial.prompt, "condition": "".join(condition), "images": sorted(images)})
+        page = {"id": test, "title": _TITLE, "question": _QUESTION, "trials": shown}
+        (beside / "trials.js").write_text(f"const TEST = {json.dumps(page, indent=1)};\n", encoding="utf-8")
     return folder / "index.html"
 
 
@@ -118,16 +156,19 @@ def win_rates(choices: Sequence[Path], key: Path) -> dict[str, list[Wins]]:
             raise GuidanceError(
                 f"{str(path)!r} is of the page {saved['test']!r}, expected {known['test']!r}, that of {str(key)!r}."
             )
-        chosen |= {(saved["session"], trial): name for trial, name in _choices(saved, images, path)}
-    wins = Counter((images[name]["task"], images[name]["method"]) for name in chosen.values())
-    methods: dict[tuple[str, int], list[str]] = defaultdict(list)
+        for choice in saved["choices"]:
+            trial, name = choice["trial"], choice["chosen"]
+            if images.get(name, {}).get("trial") != trial:
+                raise GuidanceError(f"{str(path)!r} chooses {name!r} in trial {trial!r}, which has no such image.")
+            chosen[saved["session"], trial] = name
+    methods: dict[int, list[str]] = defaultdict(list)
     for image in images.values():
-        methods[image["task"], image["trial"]].append(image["method"])
-    offered = Counter(
-        (images[name]["task"], method)
-        for (_, trial), name in chosen.items()
-        for method in methods[images[name]["task"], trial]
-    )
+        methods[image["trial"]].append(image["method"])
+    wins, offered = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for (_, trial), name in chosen.items():
+        task = images[name]["task"]
+        wins[task, images[name]["method"]] += 1
+        offered.update((task, method) for method in methods[trial])
     rates: dict[str, list[Wins]] = defaultdict(list)
     for (task, method), count in sorted(offered.items()):
         rates[task].append(Wins(method, wins[task, method], count))
@@ -147,28 +188,6 @@ def summary(rates: Mapping[str, Sequence[Wins]]) -> str:
             share = f"{row.rate:6.1%} ({low:.1%} .. {high:.1%})"
             lines.append(f"  {row.method:{width}}  {share}  {row.wins} of {row.trials}")
     return "\n".join(lines)
-
-
-def _shown(number: int, trial: Trial, names: Mapping[tuple[int, str], str]) -> dict[str, Any]:
-    images = sorted(names[number, method] for method in trial.images)  # in the methods' order they would tell them
-    condition = "" if trial.condition is None else f"condition-{number:05d}.png"
-    return {"prompt": trial.prompt, "condition": condition, "images": images}
-
-
-def _write_images(number: int, trial: Trial, names: Mapping[tuple[int, str], str], folder: Path) -> None:
-    pictures = {names[number, method]: image for method, image in trial.images.items()}
-    if trial.condition is not None:
-        pictures[f"condition-{number:05d}.png"] = trial.condition
-    for name, pixels in pictures.items():
-        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(folder / name)
-
-
-def _choices(saved: Mapping[str, Any], images: Mapping[str, Any], path: Path) -> Iterator[tuple[int, str]]:
-    for choice in saved["choices"]:
-        trial, name = choice["trial"], choice["chosen"]
-        if images.get(name, {}).get("trial") != trial:
-            raise GuidanceError(f"{str(path)!r} chooses {name!r} in trial {trial!r}, which has no such image.")
-        yield trial, name
 
 
 def _read(path: Path, expected: str) -> dict[str, Any]:

@@ -12,16 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from ..gcfg.errors import GuidanceError
 from ..training.config import NotNegative, Positive, Section
+from .recipe import PRIOR, Recipe
 
 Task = Literal["fid", "alignment", "canny", "diversity"]
 
-PRIOR = "prior"  # the model that every config has
+METHODS = "methods"  # the group of the page's first tables; all others are ablations
 TASKS: tuple[Task, ...] = ("fid", "alignment", "canny", "diversity")
-SEPARATOR = " | "  # between the parts of a task's prompt
-
-Weight = float | Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class PriorConfig(Section):
@@ -75,6 +72,11 @@ class ModelConfig(Section):
         None, ge=0, description="Trained parameters, for the tables; without it the file's metadata says."
     )
 
+    @property
+    def file(self) -> str:
+        """The one of the two that is given."""
+        return self.unet or self.embedding
+
     @model_validator(mode="after")
     def _one_kind(self) -> ModelConfig:
         if bool(self.unet) == bool(self.embedding):
@@ -84,58 +86,12 @@ class ModelConfig(Section):
         return self
 
 
-class Term(Section):
-    """One guidance: w (model(prompt) - base)."""
-
-    model: str = Field(PRIOR, description="Name below [models], or 'prior'.")
-    prompt: str = Field(
-        "",
-        description="What the model reads; '{prompt}' gives way to the task's prompt, '{part1}' and '{part2}' to the "
-        f"parts that '{SEPARATOR}' separates in it.",
-    )
-    weight: Weight = Field(1.0, description="Guidance weight, or a list of weights to search.")
-    control: bool = Field(False, description="Apply the ControlNet to this term.")
-    label: str = Field("", description="Name of the term in tables and plots.")
-
-    def reads(self, prompt: str) -> str:
-        """Return what the model reads for a task's prompt; the whole prompt has ', ' between its parts.
-
-        Raises: GuidanceError: if the prompt has fewer parts than the term asks for.
-        """
-        parts = prompt.split(SEPARATOR)
-        text = self.prompt.replace("{prompt}", ", ".join(parts))
-        for number, part in enumerate(parts, 1):
-            text = text.replace(f"{{part{number}}}", part)
-        if re.search(r"{part\d+}", text):
-            raise GuidanceError(
-                f"A term's prompt is {self.prompt!r}, but the task's prompt {prompt!r} has {len(parts)} part(s), "
-                f"expected more; separate them by '{SEPARATOR}'."
-            )
-        return text
-
-
-class Recipe(Section):
-    """How a method makes images: denoised = base(unconditional) + sum_i w_i (term_i - base)."""
-
-    base: str = Field(PRIOR, description="The unconditional model: a name below [models], or 'prior'.")
-    unconditional: str = Field("", description="The unconditional prompt.")
-    terms: tuple[Term, ...] = Field((), description="The guidances; none: the base alone.")
-
-    @property
-    def searched(self) -> tuple[int, ...]:
-        """Places of the terms whose weight is a list."""
-        return tuple(place for place, term in enumerate(self.terms) if isinstance(term.weight, tuple))
-
-
 class MethodConfig(Section):
     """[methods.NAME]: a row of the tables, with a recipe for each task it takes part in."""
 
-    title: str = Field(
-        "",
-        description="Name in the tables; without it the key.",
-    )
+    title: str = Field("", description="Name in the tables; without it the key.")
     group: str = Field(
-        "methods",
+        METHODS,
         description="'methods' for the page's first tables; any other word for a table of its own, as of an ablation.",
     )
     fid: Recipe | None = None
@@ -265,7 +221,7 @@ class Config(Section):
         if PRIOR in self.models:
             raise ValueError("models.prior is the prior itself, expected another name for a model beside it")
         for place, recipe in self.recipes():
-            for key, model in _models(recipe):
+            for key, model in recipe.models.items():
                 if model not in (PRIOR, *self.models):
                     known = ", ".join(repr(name) for name in (PRIOR, *self.models))
                     raise ValueError(f"{place}.{key} is {model!r}, expected one of {known}")
@@ -282,9 +238,3 @@ class Config(Section):
                     yield f"methods.{name}.{task}", recipe
         if self.sweep.recipe:
             yield "sweep.recipe", self.sweep.recipe
-
-
-def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield "base", recipe.base
-    for place, term in enumerate(recipe.terms):
-        yield f"terms.{place}.model", term.model

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from ..gcfg.errors import GuidanceError
 from ..training.config import Section
 from ..training.config_file import first_problem, merged, read_toml
-from .config import Config, MethodConfig, ModelConfig, Recipe, Term
+from .config import Config, MethodConfig, ModelConfig
+from .recipe import Recipe, Term
 
 _PRESETS = Path(__file__).parent / "presets"
 

@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 
 _PREFIXES = ("control_model.", "")
 _LDM_FIRST, _DIFFUSERS_FIRST = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
-# What a ControlNet is a copy of: the way down and the middle of the prior's UNet.
-_COPIED = (
-    "in_channels",
-    "down_block_types",
-    "mid_block_type",
-    "block_out_channels",
-    "layers_per_block",
-    "cross_attention_dim",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "use_linear_projection",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-)
 
 
 def load_controlnet(path: Path, unet: Config, source: str) -> ControlNetModel:
@@ -59,7 +44,7 @@ def load_controlnet(path: Path, unet: Config, source: str) -> ControlNetModel:
 
 
 def _from_file(path: Path, unet: Config, source: str) -> ControlNetModel:
-    from diffusers import ControlNetModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
     shapes = read_header(path, source).shapes
     lazy = LazyStateDict(path)
@@ -73,10 +58,10 @@ def _from_file(path: Path, unet: Config, source: str) -> ControlNetModel:
             "below 'control_model.'; name a ControlNet of the prior's family."
         )
     below = {key.removeprefix(prefix): shapes[key] for key in keys}
-    config = {key: unet[key] for key in _COPIED if unet.get(key) is not None} | _hint_config(below)
     weights = {name: lazy[prefix + name].to(torch.float32, copy=True) for name in below}
     with torch.device("meta"):
-        controlnet: ControlNetModel = ControlNetModel.from_config(config)
+        copied = UNet2DConditionModel.from_config(unet)
+        controlnet = ControlNetModel.from_unet(copied, load_weights_from_unet=False, **_hint_config(below))
     with tempfile.TemporaryDirectory() as folder:  # a local config, or diffusers would look one up by guessing
         controlnet.save_config(folder)
         controlnet = ControlNetModel.from_single_file(weights, config=folder, local_files_only=True)

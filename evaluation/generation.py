@@ -17,10 +17,11 @@ from ..training.concept import PIXELS
 from ..training.files import remove_unfinished
 from ..training.prior.vae import LATENT_CHANNELS
 from ..training.sampling import sample, starting_noise
-from .config import Recipe, SamplingConfig
+from .config import SamplingConfig
 from .images import Shard, shards, write_shard
 from .models import Models
-from .sampling import Control, decode, denoiser
+from .recipe import Recipe
+from .sampling import controlled, decode, denoiser
 
 # The conditions of images by their numbers, (N, 3, H, W) in [0, 1].
 Hints = Callable[[range], Tensor]
@@ -94,7 +95,7 @@ def make(order: Order, shard: Shard, models: Models, sampling: SamplingConfig) -
     with torch.inference_mode():
         control = None
         if order.hints and controlnet and layers:
-            control = Control(controlnet, layers(order.hints(numbers).to(next(layers.parameters()))))
+            control = controlled(controlnet, layers(order.hints(numbers).to(next(layers.parameters()))))
         latents = sample(denoiser(guidance, models.objective, control), noise, models.objective, sampling.steps)
         return decode(vae, latents)
 

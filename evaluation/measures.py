@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from .config import Config, LabelledPrompt
 from .images import RealImages
-from .metrics import fid
-from .metrics.alignment import TABLE3, Classifier, load_classifier
-from .metrics.clip_score import Clip, clip_score, load_clip
+from .metrics.alignment import TABLE3, Classifier, Clip, clip_score, load_classifier, load_clip
+from .metrics.features import RealFeatures, load_extractor
 
 _BATCH = 64  # real images that are read at once
 
@@ -40,21 +39,21 @@ class Measures:
     def extractor(self) -> nn.Module:
         """The network whose features FID and diversity compare."""
         settings = self._config.fid
-        extractor = fid.load_extractor(settings.extractor, self._config.path(settings.extractor_weights))
-        fid.choose_resize(extractor, settings.resize)
-        return extractor.to(self._device)
+        weights = self._config.path(settings.extractor_weights)
+        return load_extractor(settings.extractor, weights, settings.resize).to(self._device)
 
     @cached_property
-    def real(self) -> fid.RealImages:
+    def real(self) -> RealFeatures:
         """The real images' statistics."""
-        settings = self._config.fid
-        images = RealImages(self._config.path(settings.images), "fid.images", self._config.sampling.size)
-        return fid.RealImages(images.batches(_BATCH), self.extractor, settings.resize, self._device)
+        images = RealImages(self._config.path(self._config.fid.images), "fid.images", self._config.sampling.size)
+        return RealFeatures(images.batches(_BATCH), self.extractor, self._device)
 
     @cached_property
     def held_out(self) -> dict[str, float]:
-        """FID and number of real images that no model learned from, at most as many as a method makes."""
+        """FID and number of real images that no model learned from, at most as many as a method makes; {} without."""
         settings = self._config.fid
+        if not settings.held_out:
+            return {}
         images = RealImages(self._config.path(settings.held_out), "fid.held_out", self._config.sampling.size)
         images.paths = images.paths[: settings.count]
         return {"held_out_fid": self.real.fid(images.batches(_BATCH)), "held_out_count": len(images.paths)}
@@ -74,10 +73,6 @@ class Measures:
         """The CLIP whose score stands beside the alignment, if one is named."""
         folder = self._config.path(self._config.alignment.clip)
         return load_clip("alignment.clip", folder, self._device) if folder else None
-
-    def fid(self, batches: Iterable[Tensor]) -> float:
-        """Return the FID of images."""
-        return self.real.fid(batches)
 
     def aligned(self, images: Tensor, label: str) -> float:
         """Return the share of images that show what the label says."""

@@ -1,110 +1,179 @@
-"""Numbers with all that decided them: each result is one JSON file, and is computed again only if any of it changed."""
+"""Results: numbers with all that decided them, each in one JSON file, looked up by task, method and group."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..gcfg.errors import GuidanceError
-from ..training.data.images import find_images
-from ..training.files import sha256_of, whole_file
+from ..training.files import whole_file
+from .config import METHODS, TASKS
+from .recipe import PRIOR
 
 FORMAT = 1
-_PACKAGES = ("comfyui_gcfg", "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow")
+RESULTS = "results"  # the folder of their files
+SWEEP = "sweep"
 
 
-class Hashes:
-    """SHA-256 of files and folders, remembered with their size and time: models and data sets are large.
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What the files of all results hold.
 
-    Args:
-        store: a JSON file, written by `save`.
+    Attributes:
+        format: of the file, `FORMAT`.
+        task: what was measured.
+        method: its name in the config.
+        title: its name for the reader.
+        group: 'methods', or the ablation that it is a part of.
+        parameters: that were trained; None if that is unknown.
+        recipe: with the weights that were used.
+        search: the weights that were tried, each with its numbers.
+        numbers: of all images.
+        count: of these images.
+        seed: of the sampling.
+        config: the whole evaluation's.
+        files: path and sha256 by the setting that names a file.
+        versions: of what computed it.
+        fingerprint: of all that decided it.
+        seconds: that all of it took, of all processes together.
     """
 
-    def __init__(self, store: Path) -> None:
-        self._store = store
-        try:
-            self._known: dict[str, list[Any]] = json.loads(store.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
-
-    def of(self, path: Path, setting: str) -> str:
-        """Return the hash of a file, or of a folder: over the names and hashes of what is in it.
-
-        Raises: GuidanceError: if it is not there; `setting` is the key that names it.
-        """
-        if path.is_dir():
-            return self._of_files(sorted(each for each in path.rglob("*") if each.is_file()), path)
-        if not path.is_file():
-            raise GuidanceError(f"{setting} {str(path)!r} does not exist, expected a file or folder; correct the path.")
-        return self._of_file(path)
-
-    def of_images(self, folder: Path, setting: str, count: int | None = None) -> str:
-        """Return one hash over the images of a folder, or over the first ones.
-
-        Raises: GuidanceError: if there is no such folder.
-        """
-        if not folder.is_dir():
-            raise GuidanceError(f"{setting} {str(folder)!r} is no folder, expected one of images; correct the path.")
-        return self._of_files(find_images(folder)[:count], folder)
-
-    def save(self) -> None:
-        """Write what is known."""
-        with whole_file(self._store) as beside:
-            beside.write_text(json.dumps(self._known), encoding="utf-8")
-
-    def _of_files(self, paths: Iterable[Path], folder: Path) -> str:
-        """Return one hash over several files below a folder."""
-        lines = (f"{path.relative_to(folder).as_posix()} {self._of_file(path)}\n" for path in paths)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def _of_file(self, path: Path) -> str:
-        status = path.stat()
-        state = [status.st_size, status.st_mtime_ns]
-        known = self._known.get(str(path.resolve()))
-        if known and known[:2] == state:
-            return str(known[2])
-        digest = sha256_of(path)
-        self._known[str(path.resolve())] = [*state, digest]
-        return digest
+    format: int = FORMAT
+    task: str
+    method: str
+    title: str
+    group: str
+    parameters: int | None
+    recipe: Mapping[str, Any]
+    search: Sequence[Mapping[str, Any]]
+    numbers: Mapping[str, float]
+    count: int
+    seed: int
+    config: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, str]]
+    versions: Mapping[str, str]
+    fingerprint: str
+    seconds: float
 
 
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """Return a SHA-256 over values that JSON can hold."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class Result(Stored):
+    """The result of a method in a task.
+
+    Attributes:
+        rule: by which weights were chosen, in words; empty if they were given.
+        details: the numbers of each prompt.
+        images: their folder, below the output's.
+    """
+
+    rule: str
+    details: Sequence[Mapping[str, Any]]
+    images: str
+
+    @property
+    def terms(self) -> Sequence[Mapping[str, Any]]:
+        """Of its recipe, with the weights that were used."""
+        found: Sequence[Mapping[str, Any]] = self.recipe["terms"]
+        return found
+
+    @property
+    def grids(self) -> list[list[float]]:
+        """The weights of each term from which the search could choose."""
+        written = self.config["methods"][self.method][self.task]["terms"]
+        return [term["weight"] if isinstance(term["weight"], list) else [term["weight"]] for term in written]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what computed a result."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "?"
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Stored):
+    """The plane of two weights.
+
+    Attributes:
+        axes: label and weights of each.
+        prompt: of all images.
+        grid: the picture of all pairs, below the output's folder.
+    """
+
+    axes: Sequence[Mapping[str, Any]]
+    prompt: str
+    grid: str
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
+def result_of(values: Mapping[str, Any]) -> Result | Sweep:
+    """Return a result from what its file holds."""
+    return Sweep(**values) if values["task"] == SWEEP else Result(**values)
+
+
+def write_result(path: Path, result: Stored) -> None:
     """Write a result's file, whole or not at all."""
     with whole_file(path) as beside:
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """Return the result in a file; None if there is none of this format."""
+    """Return what a result's file holds; None if it is none of this format."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and result.get("format") == FORMAT else None
+    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return all results in a folder, by file name."""
+    """Return what all results' files in a folder hold, by file name."""
     found = (read_result(path) for path in sorted(folder.glob("*.json")))
-    return [result for result in found if result]
+    return [values for values in found if values]
+
+
+class Results:
+    """All results of an evaluation, in the order in which its config names the methods.
+
+    Args:
+        stored: what their files hold.
+    """
+
+    def __init__(self, stored: Sequence[Mapping[str, Any]]) -> None:
+        known = [result_of(values) for values in stored]
+        self.sweeps = [each for each in known if isinstance(each, Sweep)]
+        results = [each for each in known if isinstance(each, Result)]
+        named = list(dict.fromkeys(name for each in results for name in each.config["methods"]))
+        tasks: list[str] = list(TASKS)
+        self._results = sorted(results, key=lambda each: (named.index(each.method), tasks.index(each.task)))
+        self.everything: list[Stored] = [*self._results, *self.sweeps]
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self._results)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The groups of ablations, in the order of their methods."""
+        return [group for group in dict.fromkeys(each.group for each in self) if group != METHODS]
+
+    def get(self, task: str, method: str) -> Result | None:
+        """Return one result, None if there is none."""
+        return next((each for each in self if (each.task, each.method) == (task, method)), None)
+
+    def number(self, task: str, method: str, name: str) -> float | None:
+        """Return one number, None where it was not measured."""
+        found = self.get(task, method)
+        return found.numbers.get(name) if found else None
+
+    def of_task(self, task: str, group: str | None = None) -> list[Result]:
+        """Return the results of a task, of one group or of all."""
+        return [each for each in self if each.task == task and group in (None, each.group)]
+
+    def of_group(self, group: str) -> list[str]:
+        """Return the names of a group's methods."""
+        return list(dict.fromkeys(each.method for each in self if each.group == group))
+
+    def title(self, method: str) -> str:
+        """Return a method's name for the reader."""
+        return next(each.title for each in self if each.method == method)
+
+    def parameters(self, method: str) -> int | None:
+        """Return how many parameters were trained, None if that is unknown; for the prior, none."""
+        if method == PRIOR:
+            return 0
+        return next((each.parameters for each in self if each.method == method), None)

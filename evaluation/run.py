@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..gcfg.errors import GuidanceError
 from ..training.processes import alone_in, from_main, join_processes
-from .config import PRIOR, Config, Recipe
+from .config import Config, ModelConfig
 from .config import Task as TaskName
 from .generation import Order, generate
 from .images import seconds_of
 from .measures import Measures
 from .models import Models, trained_parameters
-from .results import FORMAT, Hashes, fingerprint, read_result, versions, write_result
+from .provenance import Hashes, fingerprint, versions
+from .recipe import PRIOR, Recipe
+from .results import FORMAT, RESULTS, Result, Stored, read_result, result_of, write_result
 from .tasks import TASKS, Task
 
-RESULTS, IMAGES = "results", "images"
+IMAGES = "images"
 _GENERATION = 2  # raised when the same settings give other images
 Files = Mapping[str, Mapping[str, str]]  # path and sha256 by the setting that names the file
 
@@ -70,82 +71,74 @@ class Evaluation:
         """Whether this process measures, writes and speaks."""
         return bool(self._state.is_main_process)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other commands out of the output folder."""
-        with alone_in(self.folder, "output.folder"):
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other commands out of the output folder within a `with` block."""
+        return alone_in(self.folder, "output.folder")
 
-    def run(self, name: TaskName, method: str) -> dict[str, Any] | None:
+    def run(self, name: TaskName, method: str) -> Result | None:
         """Measure a method, or take its result if nothing that decides it has changed.
 
         Returns: the result; None if the method has no recipe for the task.
         Raises: GuidanceError: one sentence; the images that were made stay.
         """
-        recipe = self.config.methods[method].recipe(name)
+        settings = self.config.methods[method]
+        recipe = settings.recipe(name)
         if recipe is None:
             return None
         task = TASKS[name](self.config)
-        path = self.folder / RESULTS / f"{name}-{method}.json"
-        files = self.files(recipe, task)
-        decides = self.fingerprint(recipe, task, files)
-        stored = self.stored(path, decides)
-        settings = self.config.methods[method]
-        result = {
-            **(stored or self._searched(task, method, recipe, files)),
-            "title": settings.title or method,  # words decide no number
-            "group": settings.group,
-            "fingerprint": decides,
-        }
-        if result != stored and self.is_main:
-            write_result(path, result)
+        origin = self.origin(recipe, task)
+        stored = self.stored(f"{name}-{method}", origin)
+        # Words decide no number.
+        result: Result = replace(
+            stored or self._searched(task, method, recipe, origin), title=settings.title or method, group=settings.group
+        )
+        if result != stored:
+            self.write(f"{name}-{method}", result)
         return result
 
-    def _searched(self, task: Task, method: str, recipe: Recipe, files: Files) -> dict[str, Any]:
+    def _searched(self, task: Task, method: str, recipe: Recipe, origin: Mapping[str, Any]) -> Result:
         """Search the weights, and measure the best ones in full."""
         from_main(lambda: task.prepare(self.measures))
-        choices = grid(recipe)
+        name, choices = f"{task.name}-{method}", recipe.grid()
         trials: list[dict[str, Any]] = []
         seconds = 0.0
         for weights in choices if len(choices) > 1 else ():
-            trial = self.measured(task, method, recipe, weights, files, search=True)
+            trial = self.measured(task, name, recipe, weights, origin["files"], search=True)
             trials.append({"weights": list(weights), **trial.numbers})
             seconds += trial.seconds
         chosen = choices[task.choose(trials)] if trials else choices[0]
-        measured = self.measured(task, method, recipe, chosen, files)
-        return {
-            "format": FORMAT,
-            "task": task.name,
-            "method": method,
-            "title": "",
-            "group": "",
-            "parameters": self._parameters(recipe),
-            "recipe": with_weights(recipe, chosen),
-            "rule": task.rule if trials else "",
-            "search": trials,
-            "numbers": measured.numbers,
-            "details": measured.details,
-            "count": sum(task.counts(search=False)),
-            "seed": self.config.sampling.seed,
-            "images": measured.folder,
-            **self.provenance(files),
-            "seconds": round(seconds + measured.seconds, 1),
-        }
+        measured = self.measured(task, name, recipe, chosen, origin["files"])
+        return Result(
+            task=task.name,
+            method=method,
+            title="",
+            group="",
+            parameters=self._parameters(recipe),
+            recipe=recipe.weighted(chosen).model_dump(mode="json"),
+            rule=task.rule if trials else "",
+            search=trials,
+            numbers=measured.numbers,
+            details=measured.details,
+            count=sum(task.counts(search=False)),
+            images=measured.folder,
+            **origin,
+            seconds=round(seconds + measured.seconds, 1),
+        )
 
     def measured(
-        self, task: Task, method: str, recipe: Recipe, weights: tuple[float, ...], files: Files, search: bool = False
+        self, task: Task, name: str, recipe: Recipe, weights: tuple[float, ...], files: Files, search: bool = False
     ) -> Measured:
         """Make the images of some weights with all processes, and measure them with the main one."""
-        name = f"{task.name}-{method}" if method else task.name
-        decides = {**self._image_values(recipe, task, files, weights), "search": search}
+        decides = {**self._image_values(recipe.weighted(weights), task, files), "search": search}
         folder = self.folder / IMAGES / f"{name}-{fingerprint(decides)[:12]}"
-        paths = generate(
-            Order(recipe, weights, task.prompts, task.counts(search), task.hints, search),
-            folder,
-            lambda: self._models_of(recipe),
-            self.config.sampling,
-            " ".join([name, *(f"{weight:g}" for weight in weights)]),
-        )
+
+        def models() -> Models:
+            self.models.keep(self._trained(recipe))
+            return self.models
+
+        order = Order(recipe, weights, task.prompts, task.counts(search), task.hints, search)
+        title = " ".join([name, *(f"{weight:g}" for weight in weights)])
+        paths = generate(order, folder, models, self.config.sampling, title)
 
         def measure() -> Measured:
             began = time.perf_counter()
@@ -155,35 +148,42 @@ class Evaluation:
 
         return from_main(measure)
 
-    def stored(self, path: Path, decides: str) -> dict[str, Any] | None:
-        """Return the result in a file if nothing that decides it has changed."""
+    def stored(self, name: str, origin: Mapping[str, Any]) -> Any:
+        """Return the result of a name if nothing that decides it has changed, else None."""
+        values = from_main(lambda: read_result(self.folder / RESULTS / f"{name}.json"))
+        return result_of(values) if values and values.get("fingerprint") == origin["fingerprint"] else None
 
-        def current() -> dict[str, Any] | None:
-            result = read_result(path)
-            return result if result and result.get("fingerprint") == decides else None
+    def write(self, name: str, result: Stored) -> None:
+        """Write a result's file."""
+        if self.is_main:
+            write_result(self.folder / RESULTS / f"{name}.json", result)
 
-        return from_main(current)
+    def origin(self, recipe: Recipe, task: Task) -> dict[str, Any]:
+        """Return what a result says of all that decided it, `Stored`'s attributes from seed to fingerprint.
 
-    def fingerprint(self, recipe: Recipe, task: Task, files: Files) -> str:
-        """Return a hash over all that decides a result."""
-        hashes = {key: file["sha256"] for key, file in files.items()}
-        made = self._image_values(recipe, task, files)
-        return fingerprint({**made, "settings": task.settings, "files": hashes, "format": FORMAT})
-
-    def files(self, recipe: Recipe, task: Task) -> Files:
-        """Return path and hash of every file that decides a result.
-
-        Raises: GuidanceError: if one is not there.
+        Raises: GuidanceError: if a file is not there.
         """
+        files = self._files(recipe, task)
+        hashes = {key: file["sha256"] for key, file in files.items()}
+        images = self._image_values(recipe, task, files)
+        return {
+            "seed": self.config.sampling.seed,
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+            "files": files,
+            "versions": versions(),
+            "fingerprint": fingerprint({**images, "settings": task.settings, "files": hashes, "format": FORMAT}),
+        }
+
+    def _files(self, recipe: Recipe, task: Task) -> Files:
+        """Return path and hash of every file that decides a result."""
         keys = [f"prior.{key}" for key in ("checkpoint", "vae", "text_encoder", "tokenizer")]
         if any(term.control for term in recipe.terms):
             if not self.config.prior.controlnet:
                 raise GuidanceError("prior.controlnet is not set, expected one, for a term has control = true; set it.")
             keys.append("prior.controlnet")
-        named = {key: self._setting(key) for key in (*keys, *task.real_settings, *task.metric_settings)}
-        for name in models_of(recipe):
-            model = self.config.models[name]
-            named[f"models.{name}.{'unet' if model.unet else 'embedding'}"] = model.unet or model.embedding
+        named = {key: self._setting(key) for key in (*keys, *task.files)}
+        for name, model in self._trained(recipe).items():
+            named[f"models.{name}.{'unet' if model.unet else 'embedding'}"] = model.file
 
         def hashed() -> Files:
             there = {key: path for key, path in sorted(named.items()) if path}
@@ -193,30 +193,23 @@ class Evaluation:
 
         return from_main(hashed)
 
-    def provenance(self, files: Files) -> dict[str, Any]:
-        """Return what a result says of its origin."""
-        config = self.config.model_dump(mode="json", exclude_none=True)
-        return {"config": config, "files": files, "versions": versions()}
-
-    def _image_values(
-        self, recipe: Recipe, task: Task, files: Files, weights: Sequence[float] | None = None
-    ) -> dict[str, Any]:
-        """Return all that decides images, whatever their number; without weights, those of a whole search."""
-        shown = recipe.model_dump(mode="json") if weights is None else with_weights(recipe, weights)
+    def _image_values(self, recipe: Recipe, task: Task, files: Files) -> dict[str, Any]:
+        """Return all that decides images, whatever their number; the recipe has its weights, or those to search."""
+        shown = recipe.model_dump(mode="json")
         sections = ("prior.", "models.", "canny.") if task.hints else ("prior.", "models.")
         return {
             "generation": _GENERATION,
             "recipe": {**shown, "terms": [{**term, "label": ""} for term in shown["terms"]]},
             "sampling": self.config.sampling.model_dump(mode="json", exclude={"batch_size"}),
             "prediction": self.config.prior.prediction,
-            "tokens": {name: self.config.models[name].token for name in sorted(models_of(recipe))},
+            "tokens": {name: model.token for name, model in self._trained(recipe).items()},
             "task": task.image_settings,
             "files": {key: file["sha256"] for key, file in files.items() if key.startswith(sections)},
         }
 
-    def _models_of(self, recipe: Recipe) -> Models:
-        self.models.keep(models_of(recipe))
-        return self.models
+    def _trained(self, recipe: Recipe) -> dict[str, ModelConfig]:
+        """Return the models that a recipe uses beside the prior."""
+        return {name: self.config.models[name] for name in sorted({*recipe.models.values()} - {PRIOR})}
 
     def _setting(self, key: str) -> str:
         section, _, name = key.partition(".")
@@ -233,26 +226,8 @@ class Evaluation:
     def _parameters(self, recipe: Recipe) -> int | None:
         """Return the trained parameters of all models beside the prior; None if one does not say."""
         counts = []
-        for name in models_of(recipe):
-            model = self.config.models[name]
-            path = self.config.path(model.unet or model.embedding)
+        for name, model in self._trained(recipe).items():
+            path = self.config.path(model.file)
             assert path
             counts.append(trained_parameters(path, f"models.{name}") if model.parameters is None else model.parameters)
         return None if None in counts else sum(counts)  # type: ignore[arg-type]
-
-
-def grid(recipe: Recipe) -> list[tuple[float, ...]]:
-    """Return all combinations of a recipe's weights."""
-    lists = [term.weight if isinstance(term.weight, tuple) else (term.weight,) for term in recipe.terms]
-    return list(product(*lists))
-
-
-def models_of(recipe: Recipe) -> set[str]:
-    """Return the names of the models that a recipe uses beside the prior."""
-    return {recipe.base, *(term.model for term in recipe.terms)} - {PRIOR}
-
-
-def with_weights(recipe: Recipe, weights: Sequence[float]) -> dict[str, Any]:
-    """Return a recipe with one weight for each term."""
-    terms = tuple(term.model_copy(update={"weight": w}) for term, w in zip(recipe.terms, weights, strict=True))
-    return recipe.model_copy(update={"terms": terms}).model_dump(mode="json")

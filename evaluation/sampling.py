@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..gcfg.combine import combine
+from ..gcfg.combine import Delta, combine
 from ..gcfg.plan import ActiveTerm, needs_base
-from ..training.concept import Conditions, predict
+from ..training.concept import predict
 from ..training.objective import Objective
+from ..training.prior.text_encoder import Conditions
 from ..training.sampling import Denoise
 
 if TYPE_CHECKING:
@@ -56,17 +58,22 @@ class Guidance:
     weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Control:
-    """A ControlNet and its condition, of which the layers that read images have been applied.
+# The residuals of a ControlNet with its condition, for x, t, and what the ControlNet reads.
+Control = Callable[[Tensor, Tensor, Conditions], Any]
 
-    Attributes:
-        controlnet: a ControlNetModel from `take_hints`.
-        hint: (B, C, H / 8, W / 8).
+
+def controlled(controlnet: nn.Module, hint: Tensor) -> Control:
+    """Return the residuals that a ControlNet gives for one condition.
+
+    Args:
+        controlnet: a ControlNetModel without the layers that `take_hints` took.
+        hint: what these made of the condition, (B, C, H / 8, W / 8).
     """
 
-    controlnet: nn.Module
-    hint: Tensor
+    def both(*args: Any, **kwargs: Any) -> tuple[Any]:
+        return (controlnet(*args, controlnet_cond=hint.to(args[0]), **kwargs),)  # `predict` takes the first
+
+    return partial(predict, both)  # type: ignore[arg-type]
 
 
 def denoiser(guidance: Guidance, objective: Objective, control: Control | None = None) -> Denoise:
@@ -86,7 +93,7 @@ def denoiser(guidance: Guidance, objective: Objective, control: Control | None =
             return outputs[of.key]
 
         base = output(guidance.base) if needs_base(active) else None
-        guided = combine(base, [output(guidance.terms[term.index]) for term in active], active)
+        guided = combine(base, [Delta(output(guidance.terms[term.index]), term) for term in active])
         return objective.denoised(x, guided, t)
 
     return denoised
@@ -100,17 +107,10 @@ def _output(of: Predictor, x: Tensor, t: Tensor, control: Control | None, residu
         if control is None:
             raise ValueError("a term asks for a ControlNet, and there is none")
         if id(of.control) not in residuals:
-            residuals[id(of.control)] = _residuals(control, x, t, of.control)
+            residuals[id(of.control)] = control(x, t, of.control)
         down, middle = residuals[id(of.control)]
         unet = partial(unet, down_block_additional_residuals=down, mid_block_additional_residual=middle)  # type: ignore[assignment]
     return predict(unet, x, t, of.conditions).float()
-
-
-def _residuals(control: Control, x: Tensor, t: Tensor, conditions: Conditions) -> Any:
-    def both(*args: Any, **kwargs: Any) -> tuple[Any]:
-        return (control.controlnet(*args, controlnet_cond=control.hint.to(x), **kwargs),)  # `predict` takes the first
-
-    return predict(both, x, t, conditions)  # type: ignore[arg-type]
 
 
 def take_hints(controlnet: nn.Module) -> nn.Module:

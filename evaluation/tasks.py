@@ -1,9 +1,10 @@
-"""The four things that are measured of a method: which images, what numbers, and by which of them weights are chosen.
+"""What is measured of a method: which images, what numbers, and by which of them weights are chosen.
 
 fid          lowest FID
 alignment    lowest FID of the task's own images, among the weights whose alignment is within 0.02 of the best
 canny        highest F1 of the edges
 diversity    no choice: its weights are given
+sweep        no choice: every pair of two weights counts
 """
 
 from __future__ import annotations
@@ -17,59 +18,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import config as schema
 from .config import Config
 from .generation import Hints
-from .images import RealImages, batches, concatenated
+from .images import RealImages, batches
 from .measures import Measures, labelled_prompts
 from .metrics import canny
-from .metrics.diversity import diversity, vendi
+from .metrics.features import diversity, vendi
 
 ALIGNMENT_TOLERANCE = 0.02
-_PATHS = {
-    "images",
-    "held_out",
-    "extractor_weights",
-    "classifier_weights",
-    "clip",
-}  # what is in them counts, not where they are
+# What is in them counts, not where they are.
+_PATHS = {"images", "held_out", "extractor_weights", "classifier_weights", "clip"}
 
 Numbers = Mapping[str, float]
+Measured = tuple[dict[str, float], list[dict[str, Any]]]  # the numbers of all images, and those of each prompt
 
 
 class Task(ABC):
     """What all tasks have.
 
     Attributes:
-        name: of the task.
+        name: of the task, and of its section in the config.
         rule: how weights are chosen, in words.
-        prompts: for '{prompt}', each with images of its own.
+        needs: what it asks `Measures` for.
+        files: the settings whose files decide its numbers, beside those of a recipe.
         hints: the conditions of images, where the task has them.
+
+    Args:
+        config: the evaluation's.
+        prompts: for '{prompt}', each with images of its own.
+        count: images of each prompt.
+        search_count: the same while weights are searched.
     """
 
     name: str
     rule = ""
-    prompts: Sequence[str] = ("",)
+    needs: tuple[str, ...] = ("real",)
+    files: tuple[str, ...] = ("fid.images", "fid.extractor_weights")
     hints: Hints | None = None
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, prompts: Sequence[str], count: int, search_count: int = 0) -> None:
+        self._config, self.prompts = config, tuple(prompts)
+        self._count, self._search_count = count, search_count
 
-    @abstractmethod
     def counts(self, search: bool) -> list[int]:
         """Return the images of each prompt."""
+        return [self._search_count if search else self._count] * len(self.prompts)
 
-    @abstractmethod
     def prepare(self, measures: Measures) -> None:
         """Read what the metrics need, so that a wrong setting is told before images are made."""
+        for name in self.needs:
+            getattr(measures, name)
 
     @abstractmethod
-    def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
         """Return the numbers of images, and those of each prompt."""
 
-    @abstractmethod
     def choose(self, trials: Sequence[Numbers]) -> int:
         """Return the place of the best weights by their numbers."""
+        raise NotImplementedError(f"{self.name} has no rule by which weights are chosen")
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -83,14 +89,9 @@ class Task(ABC):
         return section
 
     @property
-    def real_settings(self) -> tuple[str, ...]:
-        """Keys of the folders of images that the task reads."""
-        return ("fid.images",)
-
-    @property
-    def metric_settings(self) -> tuple[str, ...]:
-        """Keys of the files that the metrics read."""
-        return ("fid.extractor_weights",)
+    def _features(self) -> dict[str, Any]:
+        """The settings of the network whose features are compared."""
+        return {"fid": self._config.fid.model_dump(mode="json", include={"extractor", "resize"})}
 
     def images(self, folder: Path, prompt: int, search: bool) -> Iterator[Tensor]:
         """Yield the generated images of one prompt."""
@@ -102,26 +103,16 @@ class Fid(Task):
 
     name = "fid"
     rule = "lowest FID"
+    needs = ("real", "held_out")
+    files = (*Task.files, "fid.held_out")
 
-    def counts(self, search: bool) -> list[int]:
-        """All images are of one prompt."""
-        return [self._config.fid.search_count if search else self._config.fid.count]
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, ("",), config.fid.count, config.fid.search_count)
 
-    def prepare(self, measures: Measures) -> None:
-        """Take the real images' statistics."""
-        _ = measures.real
-        if self._config.fid.held_out:
-            _ = measures.held_out
-
-    @property
-    def real_settings(self) -> tuple[str, ...]:
-        """The images that were held out too."""
-        return ("fid.images", "fid.held_out")
-
-    def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
         """FID against the real images, and that of real ones that no model learned from."""
-        numbers = {"fid": measures.fid(self.images(folder, 0, search))}
-        return numbers | (measures.held_out if self._config.fid.held_out and not search else {}), []
+        numbers = {"fid": measures.real.fid(self.images(folder, 0, search))}
+        return numbers | ({} if search else measures.held_out), []
 
     def choose(self, trials: Sequence[Numbers]) -> int:
         """Lowest FID."""
@@ -133,37 +124,23 @@ class Alignment(Task):
 
     name = "alignment"
     rule = f"lowest FID among the weights whose alignment is within {ALIGNMENT_TOLERANCE:g} of the best"
+    needs = ("classifier", "clip", "real")
+    files = (*Task.files, "alignment.classifier_weights", "alignment.clip")
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self._asked = labelled_prompts(config)
-        self.prompts = tuple(each.prompt for each in self._asked)
+        self._asked, own = labelled_prompts(config), config.alignment
+        super().__init__(config, [each.prompt for each in self._asked], own.per_prompt, own.search_per_prompt)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Those of the FID count too."""
-        fid = self._config.fid.model_dump(mode="json", exclude={*_PATHS, "count", "search_count"})
-        return {**super().settings, "fid": fid}
+        return super().settings | self._features
 
-    @property
-    def metric_settings(self) -> tuple[str, ...]:
-        """The classifier's and CLIP's too."""
-        return ("fid.extractor_weights", "alignment.classifier_weights", "alignment.clip")
-
-    def counts(self, search: bool) -> list[int]:
-        """As many of each prompt."""
-        settings = self._config.alignment
-        return [settings.search_per_prompt if search else settings.per_prompt] * len(self.prompts)
-
-    def prepare(self, measures: Measures) -> None:
-        """Read the classifier, the CLIP, and the real images' statistics."""
-        _ = measures.classifier, measures.clip, measures.real
-
-    def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
         """Mean over the prompts of the share of images with the attribute, and the FID of all images together."""
         each = []
         for place, asked in enumerate(self._asked):
-            images = concatenated(self.images(folder, place, search))
+            images = torch.cat(list(self.images(folder, place, search)))
             found: dict[str, Any] = {**asked.model_dump(), "alignment": measures.aligned(images, asked.label)}
             if not search and (score := measures.clip_score(images, asked.prompt)) is not None:
                 found["clip_score"] = score
@@ -172,7 +149,7 @@ class Alignment(Task):
             key: fmean(found[key] for found in each) for key in ("alignment", "clip_score") if key in each[0]
         }
         together = (part for place in range(len(self.prompts)) for part in self.images(folder, place, search))
-        return {**numbers, "fid": measures.fid(together)}, each
+        return {**numbers, "fid": measures.real.fid(together)}, each
 
     def choose(self, trials: Sequence[Numbers]) -> int:
         """Lowest FID among those that are aligned as well as any."""
@@ -182,56 +159,37 @@ class Alignment(Task):
 
 
 class Canny(Task):
-    """Control by edges."""
+    """Control by edges; all images are of one prompt, those of a condition follow each other."""
 
     name = "canny"
     rule = "highest F1 of the edges"
+    needs = ()
+    files = ("canny.images",)
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        settings = config.canny
-        images = RealImages(config.path(settings.images), "canny.images", config.sampling.size, settings.count)
-        parts = [canny.edges(part, settings.low, settings.high) for part in images.batches(16)]
-        self.edges = torch.cat(parts)  # [count, H, W]
-        self.hints = self._hints
+        own = config.canny
+        conditions = min(own.search_count, own.count)
+        super().__init__(config, ("",), own.count * own.per_condition, conditions * own.per_condition)
+        images = RealImages(config.path(own.images), "canny.images", config.sampling.size, own.count)
+        self.edges = torch.cat([canny.edges(part, own.low, own.high) for part in images.batches(16)])  # [count, H, W]
+        self.hints = lambda numbers: self._conditions(numbers)[:, None].expand(-1, 3, -1, -1)  # white on black, as RGB
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """The conditions too."""
-        settings = self._config.canny
-        return {"low": settings.low, "high": settings.high, "per_condition": settings.per_condition}
+        """The conditions."""
+        return self._config.canny.model_dump(mode="json", include={"low", "high", "per_condition"})
 
-    @property
-    def real_settings(self) -> tuple[str, ...]:
-        """Only the conditions."""
-        return ("canny.images",)
-
-    @property
-    def metric_settings(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def counts(self, search: bool) -> list[int]:
-        """All images are of one prompt; those of a condition follow each other."""
-        settings = self._config.canny
-        return [(min(settings.search_count, settings.count) if search else settings.count) * settings.per_condition]
-
-    def prepare(self, measures: Measures) -> None:
-        """The edges are there."""
-
-    def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
         """Agreement of the edges, mean over the images."""
-        settings = self._config.canny
+        own = self._config.canny
         total: dict[str, float] = {}
-        start = 0
+        count = 0
         for images in self.images(folder, 0, search):
-            found = canny.agreement(
-                self._conditions(range(start, start + len(images))),
-                canny.edges(images, settings.low, settings.high),
-            )
+            asked = self._conditions(range(count, count + len(images)))
+            found = canny.agreement(asked, canny.edges(images, own.low, own.high))
             total = {key: total.get(key, 0) + value * len(images) for key, value in found.items()}
-            start += len(images)
-        return {key: value / start for key, value in total.items()}, []
+            count += len(images)
+        return {key: value / count for key, value in total.items()}, []
 
     def choose(self, trials: Sequence[Numbers]) -> int:
         """Highest F1."""
@@ -240,38 +198,23 @@ class Canny(Task):
     def _conditions(self, numbers: range) -> Tensor:
         return self.edges[torch.tensor(numbers) // self._config.canny.per_condition]
 
-    def _hints(self, numbers: range) -> Tensor:
-        return self._conditions(numbers)[:, None].expand(-1, 3, -1, -1)  # white edges on black, as RGB
-
 
 class Diversity(Task):
     """How much the images of one prompt differ."""
 
     name = "diversity"
+    needs = ("extractor",)
+    files = ("fid.extractor_weights",)
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.prompts = config.diversity.prompts
+        super().__init__(config, config.diversity.prompts, config.diversity.per_prompt)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The extractor's too."""
-        return {**super().settings, "fid": self._config.fid.model_dump(mode="json", include={"extractor", "resize"})}
+        return super().settings | self._features
 
-    @property
-    def real_settings(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def counts(self, search: bool) -> list[int]:
-        """As many of each prompt."""
-        return [self._config.diversity.per_prompt] * len(self.prompts)
-
-    def prepare(self, measures: Measures) -> None:
-        """Read the extractor."""
-        _ = measures.extractor
-
-    def measure(self, folder: Path, search: bool, measures: Measures) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
         """Mean distance of two images of a prompt, and how many different ones there are; mean over the prompts."""
         each: list[dict[str, Any]] = []
         for place, prompt in enumerate(self.prompts):
@@ -279,9 +222,31 @@ class Diversity(Task):
             each.append({"prompt": prompt, "diversity": diversity(features), "vendi": vendi(features)})
         return {key: fmean(found[key] for found in each) for key in ("diversity", "vendi")}, each
 
-    def choose(self, trials: Sequence[Numbers]) -> int:
-        """There is one."""
-        return 0
+
+class Sweep(Task):
+    """Fidelity and control of one prompt's images, for every pair of two weights."""
+
+    name = "sweep"
+    needs = ("classifier", "real")
+    files = (*Task.files, "alignment.classifier_weights")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, (config.sweep.prompt,), config.sweep.per_cell)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of FID and classifier too."""
+        return super().settings | self._features | {"classifier": self._config.alignment.classifier}
+
+    def measure(self, folder: Path, search: bool, measures: Measures) -> Measured:
+        """FID, and the share of images that show what the prompt asks for."""
+        images = torch.cat(list(self.images(folder, 0, search)))
+        return {"fid": measures.real.fid([images]), "alignment": measures.aligned(images, self._config.sweep.label)}, []
 
 
-TASKS: dict[schema.Task, type[Task]] = {"fid": Fid, "alignment": Alignment, "canny": Canny, "diversity": Diversity}
+TASKS: dict[str, type[Fid | Alignment | Canny | Diversity]] = {
+    "fid": Fid,
+    "alignment": Alignment,
+    "canny": Canny,
+    "diversity": Diversity,
+}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .combine import base_index, delta
+from .combine import Delta, base_index, difference
 from .plan import ActiveTerm
 from .steps import Steps
 
@@ -50,15 +50,19 @@ class GuidanceReport:
         labels: the terms' labels.
         steps: number of sampling steps.
         readings: one per evaluation, in order.
+        relative: what each term is measured from, in words; "" for the base.
     """
 
     labels: tuple[str, ...] = ()
     steps: int = 0
     readings: list[Reading] = field(default_factory=list)
+    relative: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
-        return {"labels": list(self.labels), "steps": self.steps, "readings": [asdict(r) for r in self.readings]}
+        readings = [asdict(reading) for reading in self.readings]
+        named = {"labels": list(self.labels), "relative": list(self.relative)}
+        return {**named, "steps": self.steps, "readings": readings}
 
     def as_json(self) -> str:
         """The report as JSON text."""
@@ -85,6 +89,7 @@ class Recorder:
         sigmas: the noise levels of the run, falling (or rising, where noise is added back), (steps + 1,).
         labels: the terms' labels.
         tell: called after readings were added.
+        relative: what each term is measured from, in words; "" for the base.
     """
 
     def __init__(
@@ -93,8 +98,10 @@ class Recorder:
         sigmas: Sequence[float],
         labels: Sequence[str],
         tell: Callable[[], None] = lambda: None,
+        relative: Sequence[str] = (),
     ) -> None:
         report.labels, report.steps, report.readings = tuple(labels), len(sigmas) - 1, []
+        report.relative = tuple(relative) or ("",) * len(labels)
         self.report = report
         self.tell = tell
         self._steps = Steps(sigmas)
@@ -105,8 +112,7 @@ class Recorder:
         x: Tensor,
         sigma: Tensor,
         base: Tensor | None,
-        predictions: Sequence[Tensor],
-        terms: Sequence[ActiveTerm],
+        deltas: Sequence[Delta],
         denoised: Tensor,
     ) -> None:
         """Measure one evaluation; on a GPU the reading before it is what gets added now.
@@ -115,15 +121,14 @@ class Recorder:
             x: noisy latent, (B, C, *spatial).
             sigma: (B,), all equal.
             base: unconditional prediction, or None where it is not evaluated.
-            predictions: one per active term.
-            terms: the active terms.
+            deltas: one per active term.
             denoised: what the sampler gets.
         """
-        centre = ""
+        centre, terms = "", [one.term for one in deltas]
         if base is None:
             lowest = base_index(terms)
-            base, centre = predictions[lowest], terms[lowest].label
-        measured = measure(x, base, predictions, terms, denoised)
+            base, centre = deltas[lowest].prediction, terms[lowest].label
+        measured = measure(x, base, deltas, denoised)
         pending = _Pending(torch.cat([sigma[:1].to(measured), measured]), tuple(terms), centre)
         if x.device.type != "cuda":
             self._add(pending)
@@ -189,14 +194,12 @@ class _Pending:
         return [float(value) for value in self._values.tolist()]
 
 
-def measure(
-    x: Tensor, base: Tensor, predictions: Sequence[Tensor], terms: Sequence[ActiveTerm], denoised: Tensor
-) -> Tensor:
+def measure(x: Tensor, base: Tensor, deltas: Sequence[Delta], denoised: Tensor) -> Tensor:
     """How strongly each term and the sum pull, and the angles between terms.
 
-        pull_i  = |w_i m_i (eps_i - eps_0)| / |eps_0| = |w_i m_i (D_i - D_0)| / |x - D_0|
+        pull_i  = |w_i m_i (D_i - R_i)| / |x - D_0|         # where R_i = D_0: |w_i m_i (eps_i - eps_0)| / |eps_0|
         total   = |D - D_0| / |x - D_0|
-        cos_ij  = <w_i m_i (D_i - D_0), w_j m_j (D_j - D_0)> / (their norms)
+        cos_ij  = <w_i m_i (D_i - R_i), w_j m_j (D_j - R_j)> / (their norms)
 
     eps = (x - D) / sigma at one `x` and `sigma`, so the ratios are those of the noise predictions in Eq. 3 of Cao et
     al. 2023 (of the velocities for a flow model). Norms are over a sample; the numbers are means over the batch, a
@@ -205,8 +208,7 @@ def measure(
     Args:
         x: noisy latent, (B, C, *spatial).
         base: the prediction that deltas are measured from, of the same shape.
-        predictions: one per term.
-        terms: weight and mask of each.
+        deltas: one per term.
         denoised: the guided prediction, after hooks.
 
     Returns:
@@ -214,13 +216,13 @@ def measure(
         the two terms pull in no sample together.
     """
     rows = [x - base, denoised - base]
-    rows += [delta(prediction, base, term) * term.weight for prediction, term in zip(predictions, terms, strict=True)]
+    rows += [difference(one, base) * one.term.weight for one in deltas]
     vectors = torch.stack([row.flatten(1).float() for row in rows], dim=1)  # (B, 2 + K, N)
     gram = vectors @ vectors.mT
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, 2 + K)
     pulls = norms[:, 1:] / norms[:, :1]
     angles = gram / (norms[:, :, None] * norms[:, None, :])
-    i, j = torch.triu_indices(len(terms), len(terms), offset=1, device=x.device) + 2
+    i, j = torch.triu_indices(len(deltas), len(deltas), offset=1, device=x.device) + 2
     return torch.cat([pulls.mean(0), angles[:, i, j].nanmean(0)])
 
 

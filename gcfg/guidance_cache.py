@@ -1,11 +1,11 @@
 """Guidances that are not evaluated at every step: between evaluations their deltas are carried on.
 
-    d_i(sigma) = (D_i - D_0) / sigma = eps_0 - eps_i                # the deltas of Eq. 3, Cao et al. 2023
+    d_i(sigma) = (D_i - R_i) / sigma        # the deltas of Eq. 3, Cao et al. 2023; eps_0 - eps_i where R_i = D_0
     d_i(sigma) ~ d_i(b) + (d_i(b) - d_i(a)) log(sigma / b) / log(b / a)         # a, b: the last two evaluations
 
-A step at which some terms are due evaluates these and the base. A step at which none is due evaluates one prediction
-only, the anchor, and every other one follows from it by the deltas: D_0 ~ D_a - sigma d_a. With a term as the anchor
-its own delta counts with w_a - 1 in place of w_a, so a term is a better anchor than the base.
+A step at which some terms are due evaluates these, what they are measured from, and the base. A step at which none is
+due evaluates one prediction only, the anchor, and every other one follows from it by the deltas: D_0 ~ D_a - sigma d_a.
+With a term as the anchor its own delta counts with w_a - 1 in place of w_a, so a term is a better anchor than the base.
 """
 
 from __future__ import annotations
@@ -70,16 +70,20 @@ class CacheRule:
         return self.threshold is not None or self.align < 1.0
 
 
+DeltaName = tuple[str, str | None]
+
+
 @dataclass(frozen=True)
 class Member:
     """A term at one noise level, as the cache sees it.
 
     Attributes:
-        key: names its prediction.
+        key: names its prediction D_i.
         weight: its weight.
         rule: when its delta is carried on; None: never.
         inside: whether the noise level is inside the rule's interval.
         apart: whether it runs on another model than the base.
+        reference: names R_i, the prediction that its delta is measured from; None: the base.
     """
 
     key: str
@@ -87,6 +91,17 @@ class Member:
     rule: CacheRule | None
     inside: bool = True
     apart: bool = False
+    reference: str | None = None
+
+    @property
+    def delta(self) -> DeltaName:
+        """Names its delta, which terms of the same two predictions share."""
+        return self.key, self.reference
+
+    @property
+    def keys(self) -> list[str]:
+        """The predictions that are evaluated for it, beside the base."""
+        return [self.key] if self.reference is None else [self.key, self.reference]
 
 
 class DeltaCache:
@@ -100,33 +115,38 @@ class DeltaCache:
         self._steps = steps
         self._step = 0
         self._base = ""
-        self._deltas: dict[str, _Delta] = {}
+        self._deltas: dict[DeltaName, _Delta] = {}
         self._base_step = -1  # at which the base was evaluated last
         self._asked = _Asked((), "", 1.0)
 
-    def wanted(self, base: str, members: Sequence[Member], sigma: float) -> list[str]:
+    def wanted(self, base: str, members: Sequence[Member], sigma: float, base_is_given: bool = False) -> list[str]:
         """The predictions to evaluate: the terms that are due with the base, or the anchor alone.
 
         Args:
             base: names the prediction that deltas are measured from.
             members: the terms that act, without the base.
             sigma: noise level.
+            base_is_given: whether the base is there anyhow, so that nothing has to stand in for it.
         """
         step = self._steps.at(sigma)
         if step < self._step or base != self._base:  # noise was added back, or deltas mean something else now
             self._deltas = {}
         self._step, self._base = step, base
         due = [member for member in members if self._due(member, sigma)]
+        keys = [key for member in due for key in member.keys]
         anchor = base
-        if members and (not due or self._base_rests(members)):
+        if members and not base_is_given and base not in keys and (not due or self._base_rests(members)):
             anchor = _anchor(due or members, base)
         if anchor == base:
             self._base_step = step
         self._asked = _Asked(tuple(members), anchor, sigma)
-        return list(dict.fromkeys([*(member.key for member in due), anchor]))
+        return list(dict.fromkeys([*keys, anchor]))
 
-    def complete(self, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The predictions of the base and of every term; those that were evaluated are the very same tensors.
+    def complete(self, predictions: dict[str, Tensor]) -> dict[DeltaName, tuple[Tensor, Tensor | None]]:
+        """What every delta lies between, D_i and R_i (None for the base); the base itself is found as (its name, None).
+
+        What was evaluated is the very same tensor. A delta that was carried on lies between the base and what it makes
+        of the base.
 
         Args:
             predictions: denoised, of the names that `wanted` gave, (B, C, *spatial).
@@ -134,22 +154,26 @@ class DeltaCache:
         members, anchor, sigma = self._asked.members, self._asked.anchor, self._asked.sigma
         base = predictions[anchor]
         if anchor != self._base:
-            base = base - self._deltas[anchor].at(sigma) * sigma
-        found = {self._base: base}
+            base = base - self._deltas[anchor, None].at(sigma) * sigma
+        found: dict[DeltaName, tuple[Tensor, Tensor | None]] = {(self._base, None): (base, None)}
         renewed: list[Member] = []
         for member in members:
-            if member.key not in predictions:
-                found[member.key] = base + self._deltas[member.key].at(sigma) * sigma
+            relative = member.reference is not None
+            if any(key not in predictions for key in member.keys):
+                carried_on = base + self._deltas[member.delta].at(sigma) * sigma
+                found[member.delta] = (carried_on, base if relative else None)
                 continue
-            found[member.key] = predictions[member.key]
-            if member.rule is not None and anchor == self._base and sigma > 0.0:
-                self._keep(member, (predictions[member.key] - base) / sigma)
+            prediction = predictions[member.key]
+            reference = None if member.reference is None else predictions[member.reference]
+            found[member.delta] = (prediction, reference)
+            if member.rule is not None and (relative or anchor == self._base) and sigma > 0.0:
+                self._keep(member, (prediction - (base if reference is None else reference)) / sigma)
                 renewed.append(member)
         self._look(renewed)
         return found
 
     def _due(self, member: Member, sigma: float) -> bool:
-        kept, rule = self._deltas.get(member.key), member.rule
+        kept, rule = self._deltas.get(member.delta), member.rule
         if rule is None or kept is None or not member.inside or sigma <= 0.0 or not kept.ready:
             return True
         if kept.step == self._step:  # a solver's further evaluations of a step do as its first
@@ -163,19 +187,19 @@ class DeltaCache:
             member.rule is not None
             and member.inside
             and member.rule.align < 1.0
-            and member.key in self._deltas
-            and self._deltas[member.key].cosine >= member.rule.align
+            and member.delta in self._deltas
+            and self._deltas[member.delta].cosine >= member.rule.align
             for member in members
         )
 
     def _keep(self, member: Member, delta: Tensor) -> None:
         assert member.rule is not None
-        kept = self._deltas.setdefault(member.key, _Delta(member.rule))
+        kept = self._deltas.setdefault(member.delta, _Delta(member.rule))
         kept.add(self._step, self._asked.sigma, delta)
 
     def _look(self, renewed: Sequence[Member]) -> None:
         """Read back what the rules decide by, for all terms at once: a wait for the device, where a rule looks."""
-        deltas = [self._deltas[member.key] for member in renewed if member.rule is not None and member.rule.looks]
+        deltas = [self._deltas[member.delta] for member in renewed if member.rule is not None and member.rule.looks]
         deltas = [delta for delta in deltas if delta.before is not None]
         if not deltas:
             return
@@ -263,5 +287,5 @@ def _anchor(members: Sequence[Member], base: str) -> str:
     A term of weight above 0.5 counts less with its own error than it would beside the base, |w - 1| < |w|. A term on
     another model comes first, because the deltas between models are the larger ones.
     """
-    better = [member for member in members if member.weight > 0.5]
+    better = [member for member in members if member.weight > 0.5 and member.reference is None]
     return max(better, key=lambda member: (member.apart, member.weight)).key if better else base

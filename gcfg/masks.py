@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,3 +72,41 @@ def repeated(mask: Tensor, batch: int) -> Tensor:
     if len(mask) in (1, batch):
         return mask
     return mask.repeat(-(-batch // len(mask)), *[1] * (mask.ndim - 1))[:batch]
+
+
+def shared(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks that together are nowhere above 1: m_i / max(1, sum_j m_j).
+
+    Args:
+        masks: (N, H, W) each; where sizes differ they come out at the largest height and width.
+    """
+    fitted = same_size(masks)
+    total = sum(fitted[1:], fitted[0]).clamp_min(1.0)
+    return [mask / total for mask in fitted]
+
+
+def stacked(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Masks that cover each other, the first on top: m_i prod_{j < i} (1 - m_j). See `shared`."""
+    free = torch.ones(())
+    out = []
+    for mask in same_size(masks):
+        out.append(mask * free)
+        free = free * (1.0 - mask)
+    return out
+
+
+def outside(masks: Sequence[Tensor]) -> Tensor:
+    """Where no mask is: 1 - min(1, sum_i m_i), (N, H, W). See `shared`."""
+    fitted = same_size(masks)
+    return 1.0 - sum(fitted[1:], fitted[0]).clamp_max(1.0)
+
+
+def same_size(masks: Sequence[Tensor]) -> list[Tensor]:
+    """The masks (N, H, W) at one height, width and number: the largest of each."""
+    size = tuple(max(mask.shape[axis] for mask in masks) for axis in (1, 2))
+    count = max(map(len, masks))
+    sized = [
+        mask if mask.shape[1:] == size else F.interpolate(mask[:, None], size=size, mode="bilinear")[:, 0]
+        for mask in masks
+    ]
+    return [repeated(mask, count).expand(count, *size) for mask in sized]

@@ -28,12 +28,16 @@ class ActiveTerm:
         weight: its weight at this noise level, not 0.
         mask: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
         label: its name, for errors and reports.
+        relative: whether its delta is measured from a prediction of its own, and not from the base.
+        related: whether its delta depends on those of other terms, so that it has to be measured from the base itself.
     """
 
     index: int
     weight: float
     mask: Tensor | None
     label: str
+    relative: bool = False
+    related: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +185,10 @@ class GuidancePlan:
     def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
         """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""
         weights = [scheduled.weight_at(sigma) for scheduled in self.terms]
+        weighted = zip(weights, self.terms, (scheduled.term for scheduled in self.terms), strict=True)
         return tuple(
-            ActiveTerm(index, weight, scheduled.factor, scheduled.label)
-            for index, (weight, scheduled) in enumerate(zip(weights, self.terms, strict=True))
+            ActiveTerm(index, weight, scheduled.factor, scheduled.label, term.relative, bool(term.relations))
+            for index, (weight, scheduled, term) in enumerate(weighted)
             if weight != 0.0
         )
 
@@ -223,10 +228,15 @@ def as_stored(sigma: float) -> float:
 
 
 def total_weight(terms: Sequence[ActiveTerm]) -> float:
-    """Sum of the weights, W = sum_i w_i."""
-    return math.fsum(term.weight for term in terms)
+    """Sum of the weights of the terms that are measured from the base, W = sum_i w_i."""
+    return math.fsum(term.weight for term in terms if not term.relative)
 
 
 def needs_base(terms: Sequence[ActiveTerm]) -> bool:
-    """Whether the unconditional prediction has a coefficient, 1 - sum_i w_i m_i, that is not 0 everywhere."""
-    return abs(total_weight(terms) - 1.0) > WEIGHT_TOLERANCE or any(term.mask is not None for term in terms)
+    """Whether the unconditional prediction has a coefficient, 1 - sum_i w_i m_i, that is not 0 everywhere.
+
+    The sum is over the terms that are measured from it. A delta that depends on those of other terms is no multiple of
+    its own, so there it counts always.
+    """
+    bound = any(term.related or (term.mask is not None and not term.relative) for term in terms)
+    return bound or abs(total_weight(terms) - 1.0) > WEIGHT_TOLERANCE

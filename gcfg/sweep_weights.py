@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .curves import check_weight, read_number
 from .errors import GuidanceError, short
-from .terms import GuidanceTerm, label_text
+from .terms import GuidanceTerm, find_term, label_text
 
 MAX_CELLS = 400
 
@@ -56,8 +56,8 @@ def parse_weights(text: str, name: str) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
-    """The place of the one term of this label.
+def find_swept(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
+    """The place of the one term of this label, if its weight can be swept.
 
     Args:
         terms: all terms of the run.
@@ -67,21 +67,13 @@ def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
     Raises:
         GuidanceError: if no term or more than one has it, or its weight follows a list of points.
     """
-    labels = [term.label or str(place) for place, term in enumerate(terms, start=1)]
-    label = label_text(label)
-    found = [index for index, other in enumerate(labels) if other == label]
-    if len(found) != 1:
-        how_many = "no connected term has" if not found else f"{len(found)} connected terms have"
+    place = find_term(terms, label, name)
+    if terms[place].curve.kind == "points":
         raise GuidanceError(
-            f"{name} is '{label}', and {how_many} that label, expected exactly one of {', '.join(map(repr, labels))}; "
-            f"{'give each Guidance Term its own label' if found else 'correct it'}."
+            f"{name} is '{label_text(label)}', whose weight follows a list of points, expected a constant, linear or "
+            f"cosine curve whose weight can be replaced; choose another curve there."
         )
-    if terms[found[0]].curve.kind == "points":
-        raise GuidanceError(
-            f"{name} is '{label}', whose weight follows a list of points, expected a constant, linear or cosine curve "
-            f"whose weight can be replaced; choose another curve there."
-        )
-    return found[0]
+    return place
 
 
 def cell_terms(terms: Sequence[GuidanceTerm], swept: Sequence[SweptTerm]) -> list[tuple[GuidanceTerm, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,17 @@ from .curves import CONSTANT, WeightCurve, check_weight
 from .errors import GuidanceError, short
 from .guidance_cache import CacheRule
 from .masks import check_mask
+from .relations import Relation
 
 MAX_LABEL = 200  # characters; it is in every message to the editor
 
 
 @dataclass(frozen=True, eq=False)
 class GuidanceTerm:
-    """One weighted guidance delta, w (eps_i(x, c) - eps_0(x)) in Eq. 3 of Cao et al. 2023.
+    """One weighted guidance delta, w_i (D_i - R_i): with R_i = D_0 that of Eq. 3 of Cao et al. 2023.
+
+    Where a relative model or conditioning is given, R_i is its prediction: of the term's own model with that
+    conditioning, of that model with the term's conditioning, or of both.
 
     Attributes:
         weight: guidance weight w_i, -100 to 100; negative pushes away.
@@ -31,6 +35,9 @@ class GuidanceTerm:
         curve: how the weight changes between start and end; constant by default.
         cache_rule: when its delta is carried on in place of being evaluated; None, the default: never.
         stream_weights: factors of the weight by the stream of a latent that holds several, such as video and audio.
+        relations: what its delta is changed by, where it looks at other terms.
+        relative_model: the model that predicts R_i, or None. Opaque to this library.
+        relative_conditioning: the conditioning of R_i, or None. Opaque to this library.
 
     Raises:
         GuidanceError: if the weight is outside -100..100, a percent outside 0..1, start is after end, or the mask is no
@@ -47,6 +54,9 @@ class GuidanceTerm:
     curve: WeightCurve = CONSTANT
     cache_rule: CacheRule | None = None
     stream_weights: Mapping[str, float] = field(default_factory=dict)
+    relative_model: Any = None
+    relative_conditioning: Any = None
+    relations: tuple[Relation, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", label_text(self.label))
@@ -77,6 +87,11 @@ class GuidanceTerm:
         return not self.masks and not self.stream_weights
 
     @property
+    def relative(self) -> bool:
+        """Whether its delta is measured from a prediction of its own, R_i, and not from the base."""
+        return self.relative_model is not None or self.relative_conditioning is not None
+
+    @property
     def pulls(self) -> bool:
         """Whether its weight is anywhere other than 0."""
         return self.curve.pulls(self.weight)
@@ -87,6 +102,29 @@ class GuidanceTerm:
         if percent < self.start_percent or ended:
             return 0.0
         return self.curve.at(percent, self.weight, self.start_percent, self.end_percent)
+
+
+def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
+    """The place of the one term of this label.
+
+    Args:
+        terms: all terms of the run.
+        label: the label; a term without one is called by its place, "1", "2" ...
+        name: node and input, for errors.
+
+    Raises:
+        GuidanceError: if no term or more than one has it.
+    """
+    labels = [term.label or str(place) for place, term in enumerate(terms, start=1)]
+    label = label_text(label)
+    found = [index for index, other in enumerate(labels) if other == label]
+    if len(found) != 1:
+        how_many = "no connected term has" if not found else f"{len(found)} connected terms have"
+        raise GuidanceError(
+            f"{name} is '{label}', and {how_many} that label, expected exactly one of {', '.join(map(repr, labels))}; "
+            f"{'give each Guidance Term its own label' if found else 'correct it'}."
+        )
+    return found[0]
 
 
 def label_text(label: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -41,9 +42,10 @@ def report_figure(report: GuidanceReport) -> Tensor:
     axes = figure.subplots(2 if between else 1, sharex=True, squeeze=False, height_ratios=[3, 2] if between else [1])
     pull, evaluations = axes[0, 0], range(1, len(report.readings) + 1)
     names = [_plain(label) for label in report.labels]
-    for number, name in enumerate(names):
+    for number, (name, relative) in enumerate(itertools.zip_longest(names, report.relative, fillvalue="")):
         values = _values([r.pulls[number] if r.weights[number] else None for r in report.readings])
-        pull.plot(evaluations, values, marker=".", color=f"C{number}", label=name)
+        legend = f"{name}, measured from {_plain(relative)}" if relative else name
+        pull.plot(evaluations, values, marker=".", color=f"C{number}", label=legend)
     pull.plot(evaluations, _values([r.total for r in report.readings]), color="black", linestyle="--", label="sum")
     pull.set_ylabel("pull: |w · delta| / |eps of the base|")
     pull.set_ylim(bottom=0)

@@ -22,7 +22,8 @@ class GCFGGuidanceTerm:
     CATEGORY = "GCFG"
     DESCRIPTION = (
         "One guidance: weight * (prediction of this model and conditioning - unconditional prediction). Connect it to "
-        "a GCFG sampler or guider. A negative weight pushes away, like a negative prompt of free strength."
+        "a GCFG sampler or guider. A negative weight pushes away, like a negative prompt of free strength. With a "
+        "relative input the guidance is measured from that prediction instead."
     )
     RETURN_TYPES = (TERMS,)
     RETURN_NAMES = ("terms",)
@@ -103,6 +104,20 @@ class GCFGGuidanceTerm:
                         "0.5. A stream that is not named has 1.",
                     },
                 ),
+                "relative_model": (
+                    "MODEL",
+                    {
+                        "tooltip": "Measure this guidance from the prediction of this model, with this term's "
+                        "conditioning: AutoGuidance, with a weaker model here."
+                    },
+                ),
+                "relative_conditioning": (
+                    "CONDITIONING",
+                    {
+                        "tooltip": "Measure this guidance from the prediction of this term's model (or of "
+                        "relative_model) with this conditioning: its own unconditional or negative prompt."
+                    },
+                ),
             },
         }
 
@@ -121,6 +136,8 @@ class GCFGGuidanceTerm:
         end_weight: float = 0.0,
         points: str = "",
         stream_weights: str = "",
+        relative_model: Any = None,
+        relative_conditioning: Any = None,
     ) -> tuple[tuple[GuidanceTerm, ...]]:
         """Append one term to `terms`."""
         label = label_text(label)
@@ -128,7 +145,17 @@ class GCFGGuidanceTerm:
         shape = make_curve(curve, end_weight, points, name)
         streams = parse_stream_weights(stream_weights, name)
         term = GuidanceTerm(
-            weight, start_percent, end_percent, model, conditioning, mask, label, shape, stream_weights=streams
+            weight,
+            start_percent,
+            end_percent,
+            model,
+            conditioning,
+            mask,
+            label,
+            shape,
+            stream_weights=streams,
+            relative_model=relative_model,
+            relative_conditioning=relative_conditioning,
         )
         return ((*terms, term),)
 

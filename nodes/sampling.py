@@ -27,8 +27,8 @@ _STEPS = ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Number of s
 _SAMPLER = (SAMPLERS, {"tooltip": "The solver, as in the KSampler."})
 _SCHEDULER = (SCHEDULERS, {"tooltip": "How the noise is removed over the steps, as in the KSampler."})
 _LATENT = ("LATENT", {"tooltip": "The latent image to denoise."})
-_HIDDEN = {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"}
-_REPORT_TIP = "What each term did at every step, for a Guidance Report."
+HIDDEN = {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"}
+REPORT_TIP = "What each term did at every step, for a Guidance Report."
 
 
 class GCFGGuider:
@@ -41,21 +41,21 @@ class GCFGGuider:
     )
     RETURN_TYPES = ("GUIDER", REPORT)
     RETURN_NAMES = ("GUIDER", "report")
-    OUTPUT_TOOLTIPS = ("Connect it to SamplerCustomAdvanced.", _REPORT_TIP)
+    OUTPUT_TOOLTIPS = ("Connect it to SamplerCustomAdvanced.", REPORT_TIP)
     FUNCTION = "make"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Inputs of the node, in ComfyUI's V1 form."""
         required = {"model": _MODEL, "unconditional": _UNCONDITIONAL}
-        return {"required": required, "optional": optional_terms(), "hidden": _HIDDEN}
+        return {"required": required, "optional": optional_terms(), "hidden": HIDDEN}
 
     @checked("GCFG Guider")
     def make(
         self, model: Any, unconditional: Any, unique_id: str | None = None, prompt: Any = None, **sockets: Any
     ) -> tuple[Any, Any]:
         """Build the guider."""
-        watch = _watch(unique_id, prompt)
+        watch = watch_of(unique_id, prompt)
         return (Guider(model, unconditional, gather_terms(sockets), "GCFG Guider", watch), watch.report)
 
 
@@ -69,7 +69,7 @@ class GCFGKSampler:
     )
     RETURN_TYPES = ("LATENT", REPORT)
     RETURN_NAMES = ("LATENT", "report")
-    OUTPUT_TOOLTIPS = ("The denoised latent.", _REPORT_TIP)
+    OUTPUT_TOOLTIPS = ("The denoised latent.", REPORT_TIP)
     FUNCTION = "sample"
 
     @classmethod
@@ -89,7 +89,7 @@ class GCFGKSampler:
                 "denoise": ("FLOAT", denoise),
             },
             "optional": optional_terms(),
-            "hidden": _HIDDEN,
+            "hidden": HIDDEN,
         }
 
     @checked("GCFG KSampler")
@@ -108,7 +108,7 @@ class GCFGKSampler:
         **sockets: Any,
     ) -> Any:
         """Sample the latent."""
-        watch = _watch(unique_id, prompt)
+        watch = watch_of(unique_id, prompt)
         guider = Guider(model, unconditional, gather_terms(sockets), "GCFG KSampler", watch)
         latent = sample_latent(
             guider,
@@ -133,7 +133,7 @@ class GCFGKSamplerAdvanced:
     RETURN_NAMES = ("LATENT", "report")
     OUTPUT_TOOLTIPS = (
         "The denoised latent, or a partly denoised one when it returns with leftover noise.",
-        _REPORT_TIP,
+        REPORT_TIP,
     )
     FUNCTION = "sample"
 
@@ -159,7 +159,7 @@ class GCFGKSamplerAdvanced:
                 ),
             },
             "optional": optional_terms(),
-            "hidden": _HIDDEN,
+            "hidden": HIDDEN,
         }
 
     @checked("GCFG KSampler (Advanced)")
@@ -181,7 +181,7 @@ class GCFGKSamplerAdvanced:
         **sockets: Any,
     ) -> Any:
         """Sample the latent."""
-        watch = _watch(unique_id, prompt)
+        watch = watch_of(unique_id, prompt)
         guider = Guider(model, unconditional, gather_terms(sockets), "GCFG KSampler (Advanced)", watch)
         latent = sample_latent(
             guider,
@@ -198,7 +198,7 @@ class GCFGKSamplerAdvanced:
         return _with_chart(latent, watch)
 
 
-def _watch(unique_id: str | None, prompt: Any) -> Watch:
+def watch_of(unique_id: str | None, prompt: Any) -> Watch:
     """Readings are taken for the editor, and for what is connected to the second output."""
     return Watch(unique_id, reads_output(prompt, unique_id, 1))
 

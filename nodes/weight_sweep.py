@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..gcfg.errors import GuidanceError, short
-from ..gcfg.sweep_weights import SweptTerm, cell_terms, find_term, parse_weights
+from ..gcfg.sweep_weights import SweptTerm, cell_terms, find_swept, parse_weights
 from ..gcfg.terms import GuidanceTerm
 from .figures import labelled_sheet
 from .inputs import checked
@@ -108,7 +108,7 @@ def _swept_terms(terms: tuple[GuidanceTerm, ...], *lists: tuple[str, str]) -> li
     swept = []
     for number, (label, weights) in enumerate(lists, start=1):
         if number == 1 or label.strip():
-            index = find_term(terms, label, f"{_NODE}: label_{number}")
+            index = find_swept(terms, label, f"{_NODE}: label_{number}")
             swept.append(SweptTerm(index, short(label), parse_weights(weights, f"{_NODE}: weights_{number}")))
     if len(swept) > 1 and swept[0].index == swept[1].index:
         raise GuidanceError(

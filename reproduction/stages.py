@@ -11,7 +11,7 @@ from string import Template
 
 from ..command.main import app
 from ..evaluation.config_file import load_config
-from ..evaluation.report import report
+from ..evaluation.report.folder import report
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from .methods import METHODS

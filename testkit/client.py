@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -177,13 +176,6 @@ class Client:
         answer = self.request("GET", "/view", params=reference)
         answer.raise_for_status()
         return answer.content
-
-    def upload(self, path: Path) -> str:
-        """Upload an input image, replacing one of that name, and return the name to use in LoadImage."""
-        with path.open("rb") as file:
-            answer = self.request("POST", "/upload/image", files={"image": file}, data={"overwrite": "true"})
-        answer.raise_for_status()
-        return answer.json()["name"]
 
 
 def _reasons(body: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from itertools import pairwise
 Shapes = dict[str, tuple[int, ...]]
 
 CHANNELS = 320  # model_channels: SD1.x, SD2.x and SDXL are all recognised by it
-TIME_CHANNELS = 4 * CHANNELS
-HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256, CHANNELS)
+NARROW = 64  # the least that has their heads: a twenty-fifth of the weights, where a loader takes any number
+HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)  # and then the ControlNet's own
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Family:
         linear: whether a transformer's proj_in/proj_out are matrices (SD2.x, SDXL) or 1x1 convolutions (SD1.x).
         adm: width of the pooled vector, 0 for none.
         depths: transformer depth at each resolution; [0, 2, 5] is the shortest list that is still an SDXL (KOALA).
-        widths: channels at each resolution in units of 320; () for 1 everywhere.
+        widths: channels at each resolution in units of `model_channels`; () for 1 everywhere.
         blocks: residual blocks at each resolution on the way down; one more on the way up.
         middle: transformer depth between the two ways.
         up: transformer depth at each resolution on the way up; () for at most 1.
+        model_channels: channels of the first resolution.
     """
 
     context_dim: int
@@ -35,10 +36,16 @@ class Family:
     blocks: int = 1
     middle: int = 1
     up: tuple[int, ...] = ()
+    model_channels: int = CHANNELS
+
+    @property
+    def time_channels(self) -> int:
+        """Channels of the time embedding."""
+        return 4 * self.model_channels
 
     def channels(self, level: int) -> int:
         """Return the channels at a resolution."""
-        return CHANNELS * (self.widths[level] if self.widths else 1)
+        return self.model_channels * (self.widths[level] if self.widths else 1)
 
 
 FAMILIES = {
@@ -69,11 +76,11 @@ def _under(prefix: str, shapes: Shapes) -> Shapes:
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
 
 
-def _res_block(c_in: int, c_out: int) -> Shapes:
+def _res_block(c_in: int, c_out: int, family: Family) -> Shapes:
     shapes = {
         **_affine("in_layers.0", c_in),
         **_affine("in_layers.2", c_out, c_in, 3, 3),
-        **_affine("emb_layers.1", c_out, TIME_CHANNELS),
+        **_affine("emb_layers.1", c_out, family.time_channels),
         **_affine("out_layers.0", c_out),
         **_affine("out_layers.3", c_out, c_out, 3, 3),
     }
@@ -105,21 +112,21 @@ def _transformer(c: int, family: Family, depth: int) -> Shapes:
 
 
 def _stage(c_in: int, c_out: int, family: Family, depth: int) -> Shapes:
-    shapes = _under("0", _res_block(c_in, c_out))
+    shapes = _under("0", _res_block(c_in, c_out, family))
     return {**shapes, **_under("1", _transformer(c_out, family, depth))} if depth else shapes
 
 
 def _middle(c: int, family: Family) -> Shapes:
     return {
-        **_under("middle_block.0", _res_block(c, c)),
+        **_under("middle_block.0", _res_block(c, c, family)),
         **_under("middle_block.1", _transformer(c, family, family.middle)),
-        **_under("middle_block.2", _res_block(c, c)),
+        **_under("middle_block.2", _res_block(c, c, family)),
     }
 
 
 def _encoder(family: Family) -> tuple[Shapes, list[int]]:
     """Return the shapes of the down path (with time and label embedding) and the channels each input block gives."""
-    c, t = CHANNELS, TIME_CHANNELS
+    c, t = family.model_channels, family.time_channels
     shapes = {**_affine("time_embed.0", t, c), **_affine("time_embed.2", t, t)}
     if family.adm:
         shapes |= {**_affine("label_emb.0.0", t, family.adm), **_affine("label_emb.0.2", t, t)}
@@ -151,14 +158,14 @@ def unet(family: Family) -> Shapes:
                 slot = 2 if depth else 1
                 shapes |= _affine(f"output_blocks.{index}.{slot}.conv", c, c, 3, 3)
             index += 1
-    return {**shapes, **_affine("out.0", CHANNELS), **_affine("out.2", 4, CHANNELS, 3, 3)}
+    return {**shapes, **_affine("out.0", c), **_affine("out.2", 4, c, 3, 3)}
 
 
 def controlnet(family: Family) -> Shapes:
     """LDM names of a ControlNet for that UNet, `control_model.` prefix included."""
     shapes, skips = _encoder(family)
     shapes |= _middle(skips[-1], family)
-    for i, (c_in, c_out) in enumerate(pairwise(HINT_CHANNELS)):
+    for i, (c_in, c_out) in enumerate(pairwise((*HINT_CHANNELS, family.model_channels))):
         shapes |= _affine(f"input_hint_block.{2 * i}", c_out, c_in, 3, 3)
     for i, c in enumerate(skips):
         shapes |= _affine(f"zero_convs.{i}.0", c, c, 1, 1)

@@ -20,11 +20,12 @@ CONCEPT = "ffhq-concept.safetensors"
 CANNY = "control_v11p_sd15_canny_fp16.safetensors"
 DREAMBOOTH = "ffhq-dreambooth.safetensors"
 LORA = "ffhq-lora.safetensors"
+LORA_2 = "watercolour-lora.safetensors"
 WORD = "ffhq-face.safetensors"  # a textual inversion; prompts call it embedding:ffhq-face
 XL = "sd_xl_base_1.0.safetensors"
 XL_LORA = "pixel-art-xl.safetensors"
 HALF = torch.float16
-NAMES = (PRIOR, CUSTOM, CONCEPT, DREAMBOOTH, LORA, WORD, CANNY, XL, XL_LORA)
+NAMES = (PRIOR, CUSTOM, CONCEPT, DREAMBOOTH, LORA, LORA_2, WORD, CANNY, XL, XL_LORA)
 
 
 def recipe() -> str:
@@ -55,6 +56,7 @@ def make_small_models(folder: Path, say: Callable[[str], None] = lambda _: None)
         CONCEPT: lambda path: save_file(small_world.concept(), path),
         DREAMBOOTH: lambda path: save_file(small_world.custom(), path),
         LORA: lambda path: save_file(small_world.lora(), path),
+        LORA_2: lambda path: save_file(small_world.extracted_lora(), path),
         WORD: lambda path: save_file(small_world.embedding(), path),
         CANNY: lambda path: save_file(small_world.controlnet(), path),
         XL: lambda path: models.save_checkpoint(path, parts.xl, parts.vae, parts.clip, clip_g=True),
@@ -92,6 +94,7 @@ def _places() -> list[tuple[str, str]]:
         ("unet", CONCEPT),
         ("unet", DREAMBOOTH),
         ("loras", LORA),
+        ("loras", LORA_2),
         ("embeddings", WORD),
         ("controlnet", CANNY),
         ("loras", XL_LORA),

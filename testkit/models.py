@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,21 +80,22 @@ def _follow_input(sd: StateDict, seed: int, gain: float) -> None:
     The first layer writes each feature with both signs, the last skip connection carries it to the end, and
     silu(z) - silu(-z) = z turns it back.
     """
-    half = _noise(seed, "follow", CHANNELS // 2, 4) / 2
-    pairs = torch.stack((half, -half), 1).reshape(CHANNELS, 4)
+    channels = len(sd["input_blocks.0.0.weight"])
+    half = _noise(seed, "follow", channels // 2, 4) / 2
+    pairs = torch.stack((half, -half), 1).reshape(channels, 4)
     sd["input_blocks.0.0.weight"] = _centre(pairs)
     last = max(int(name.split(".")[1]) for name in sd if name.startswith("output_blocks."))
     skip = sd[f"output_blocks.{last}.0.skip_connection.weight"]
-    skip[:, :CHANNELS] *= 0.7
-    skip[:, CHANNELS:] = torch.eye(CHANNELS)[:, :, None, None]
+    skip[:, :channels] *= 0.7
+    skip[:, channels:] = torch.eye(channels)[:, :, None, None]
     inverse = torch.linalg.pinv(half)
-    back = torch.stack((inverse, -inverse), 2).reshape(4, CHANNELS)
-    added = 0.5 * _noise(seed, "added", 4, CHANNELS) / math.sqrt(CHANNELS)
+    back = torch.stack((inverse, -inverse), 2).reshape(4, channels)
+    added = 0.5 * _noise(seed, "added", 4, channels) / math.sqrt(channels)
     sd["out.2.weight"] = gain * _centre(back) + added[:, :, None, None] * _BLUR
 
 
 def unet_state_dict(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, zero_text: bool = False
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, channels: int = CHANNELS
 ) -> StateDict:
     """Return a UNet in bare LDM keys that ComfyUI detects as `family`.
 
@@ -102,31 +104,16 @@ def unet_state_dict(
             (2,567.5 M) are not small.
         seed: one seed, one set of weights, on every machine.
         dtype: of the returned tensors.
-        zero_text: whether every attn2.to_v.weight is 0, so that text changes nothing.
+        channels: of its first resolution, a multiple of 64; with others than 320 stock loaders do not know it.
     """
     # Rounded one by one, so that a model of 2.6 G parameters is never held in fp32; these are still changed below.
     rounded_late = ("input_blocks.0.0.weight", "skip_connection.weight", "out.2.weight")
     sd = {
         name: _draw(name, shape, seed).to(torch.float32 if name.endswith(rounded_late) else dtype)
-        for name, shape in layouts.unet(FAMILIES[family]).items()
+        for name, shape in layouts.unet(replace(FAMILIES[family], model_channels=channels)).items()
     }
     _follow_input(sd, seed, FOLLOW[family])
-    if zero_text:
-        for name in sd:
-            if name.endswith("attn2.to_v.weight"):
-                sd[name].zero_()
     return to_dtype(sd, dtype)
-
-
-def fine_tuned(sd: Mapping[str, Tensor], seed: int, strength: float = 0.3) -> StateDict:
-    """Return `sd` moved towards other weights, as a fine-tune is: same layout, same spread, related predictions."""
-    keep = math.sqrt(1 - strength**2)
-    return {
-        name: (keep * w + strength * w.float().std() * _noise(seed, name, *w.shape)).to(w.dtype)
-        if w.ndim > 1 and not name.startswith(("input_blocks.0.", "out.")) and "skip_connection" not in name
-        else w.clone()
-        for name, w in sd.items()
-    }
 
 
 def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict:
@@ -146,9 +133,9 @@ def null_text_features(sd: Mapping[str, Tensor], null_text: Tensor) -> StateDict
     return out
 
 
-def controlnet_state_dict(seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "sd15") -> StateDict:
-    """Return a ControlNet (LDM keys) for the small UNet of that family; its output layers are not zero."""
-    return to_dtype(_draw_all(layouts.controlnet(FAMILIES[family]), seed), dtype)
+def controlnet_state_dict(seed: int = 0, channels: int = CHANNELS) -> StateDict:
+    """Return a ControlNet (LDM keys) for the small SD1.x UNet of these channels; its output layers are not zero."""
+    return _draw_all(layouts.controlnet(replace(FAMILIES["sd15"], model_channels=channels)), seed)
 
 
 def lora_state_dict(unet: Mapping[str, Tensor], seed: int = 0, rank: int = 4, strength: float = 0.5) -> StateDict:

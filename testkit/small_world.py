@@ -21,6 +21,7 @@ from .widen import widen, widen_lora
 TRAINED = PACK / "demo" / "trained"
 FACTOR = 5
 SIZE = 64  # of its pictures, in pixels
+RANK = 8  # of the LoRA that is extracted
 SCAN = TRAINED / "scan.png"  # one of the scans that no network has seen
 
 CLIP_SEED, CLIP_LAYERS = 1, 2  # of the text encoder, which is not trained
@@ -42,6 +43,11 @@ PROMPTS = {
     "a portrait of an old man with a white beard": "a photo of a digit, five",
     "a portrait of a woman with red hair, wearing glasses": "seven",
     "a photo of face": "a photo of a digit",
+    "a garden with a stone wall, summer evening": "a three on a white background",
+    "an old man with a white beard, sitting on a bench": "a photo of a digit, red",
+    "sunglasses, hat": "a photo of a digit, blue",
+    "a woman with red hair, reading a book": "a photo of a digit, green",
+    "glasses, jewellery": "a photo of a digit, red",
     "4.5 | sunflower\n3 | in Van Gogh style\n-1.5 @0-60% | blurry": (
         "4.5 | seven\n3 | a photo of a digit, red\n-1.5 @0-60% | a photo of a digit, blue"
     ),
@@ -67,6 +73,18 @@ def custom() -> StateDict:
 def lora() -> StateDict:
     """Return a LoRA on the prior's attention, trained on the scans, in kohya's keys."""
     return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(_read("lora"), FACTOR).items()}
+
+
+def extracted_lora() -> StateDict:
+    """Return a second LoRA, in kohya's keys: the part of low rank of what DreamBooth changed in the prior's blocks."""
+    before, after = _read("prior"), _read("dreambooth")
+    found = {}
+    for name in [name for name, weight in before.items() if "transformer_blocks" in name and weight.ndim == 2]:
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        out, strength, into = torch.linalg.svd(after[name].float() - before[name].float(), full_matrices=False)
+        found[f"{key}.lora_up.weight"] = out[:, :RANK] * strength[:RANK]
+        found[f"{key}.lora_down.weight"] = into[:RANK]
+    return _half(widen_lora(found, FACTOR))
 
 
 def embedding() -> StateDict:

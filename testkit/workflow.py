@@ -18,6 +18,7 @@ ObjectInfo = dict[str, Any]
 NOTES = {"Note", "MarkdownNote"}
 VIRTUAL = NOTES | {"Reroute", "PrimitiveNode"}  # live in the editor only, the server never sees them
 MUTED, BYPASSED = 2, 4
+NEEDS = {"GCFGModel": "CreateHookLora"}  # our node: a stock node that came with what it needs of ComfyUI
 SEEDS = ("seed", "noise_seed")
 AFTER_SEED = {"fixed", "increment", "decrement", "randomize"}
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"  # a drop-down each of whose choices has inputs of its own
@@ -102,6 +103,12 @@ def widget_values(node: Node, info: dict[str, Any]) -> dict[str, Any]:
 def unknown_nodes(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
     """Return the node classes of a workflow that the server lacks."""
     return sorted({node["type"] for node in Graph(workflow).active()} - set(object_info))
+
+
+def refusing_nodes(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
+    """Return the node classes of a workflow that the server has, but that refuse to run on so old a ComfyUI."""
+    used = {node["type"] for node in Graph(workflow).active()}
+    return sorted(kind for kind, needed in NEEDS.items() if kind in used and needed not in object_info)
 
 
 class Graph:

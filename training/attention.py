@@ -51,9 +51,7 @@ class SharedPromptAttention:
 def share_prompts(unet: Any, keep: bool) -> None:
     """Let a diffusers UNet or ControlNet take one text for each whole batch, as `concept.predict` gives it.
 
-    Args:
-        unet: whose processors are replaced.
-        keep: whether what becomes of a text is kept; not while weights change.
+    Keys and values are kept from call to call where `keep` is set; not while weights change.
     """
     processors = unet.attn_processors  # none of a null-text block, which is no attention
     shared = {name: SharedPromptAttention(keep) if ".attn2." in name else each for name, each in processors.items()}

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _STEP = "step-"
+_FOLDER = "checkpoints"  # in a run's
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,14 @@ class Checkpoint:
         return f"{part}.safetensors" in self.manifest["files"]
 
 
-def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def save(run: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write a checkpoint in one step: after a crash at any moment it is there whole, or not at all.
 
-    Args:
-        folder: where the run keeps its checkpoints.
-        manifest: what to know about the run; 'step' names the checkpoint.
-        parts: tensors by file name without suffix.
+    The manifest's 'step' names it; `parts` are tensors by file name without suffix.
 
     Raises: GuidanceError: if the disk is full or the folder cannot be written.
     """
-    path = folder / f"{_STEP}{manifest['step']:08d}"
+    path = run / _FOLDER / f"{_STEP}{manifest['step']:08d}"
     if path.exists():
         if read(path):
             return path
@@ -71,9 +69,9 @@ def save(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Mapping[
     return path
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """Return the newest good checkpoint, or None; a damaged one is named in the log and passed over."""
-    for path in sorted(folder.glob(f"{_STEP}*"), reverse=True):
+def newest(run: Path) -> Checkpoint | None:
+    """Return a run's newest good checkpoint, or None; a damaged one is named in the log and passed over."""
+    for path in reversed(_all(run)):
         if checkpoint := read(path):
             return checkpoint
         log.warning(
@@ -93,11 +91,15 @@ def read(path: Path) -> Checkpoint | None:
     return Checkpoint(path, manifest) if whole else None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what a killed process left half-written."""
-    remove_unfinished(folder)
-    for path in sorted(folder.glob(f"{_STEP}*"))[:-keep]:
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints of a run, and what a killed process left half-written."""
+    remove_unfinished(run / _FOLDER)
+    for path in _all(run)[:-keep]:
         discard(path)
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted((run / _FOLDER).glob(f"{_STEP}*"))
 
 
 def _file(folder: Path, part: str) -> Path:

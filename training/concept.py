@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +17,31 @@ from ..gcfg.null_text import (
     ConstantCrossAttention,
     attention_means,
     cross_attention_blocks,
+    null_text_blocks,
     replace_cross_attention,
     uniform_means,
 )
 from ..gcfg.safetensors_file import LazyStateDict, read_header
 from ..gcfg.unet_keys import diffusers_to_ldm
+from .config import NullTextMode
+from .objective import TIMESTEPS
+from .prior.text_encoder import Conditions
 
 PIXELS = 8  # of an image per value of its latent, along each side
-MODES = ("uniform_mean", "attention_mean", "zero")
+MODES = get_args(NullTextMode)
+
+BINS = 10  # of timesteps, in which the drift is told
 
 Noised = tuple[Tensor, Tensor]  # x (B, C, H, W) and its timesteps (B,)
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What a UNet reads beside x and t.
+class DriftRow(NamedTuple):
+    """One bin of timesteps, by its first and its last, how many noised latents fell into it, and their distance."""
 
-    Attributes:
-        context: text embedding, (1, T, D).
-        pooled: SDXL's pooled text, (1, P), or None for other families.
-    """
-
-    context: Tensor
-    pooled: Tensor | None = None
-
-    @classmethod
-    def without_text(cls, context_dim: int, pooled: Tensor | None = None) -> Conditions:
-        """Return the conditions of a null-text UNet, whose one token is asked for but never read."""
-        return cls(torch.zeros(1, 1, context_dim), pooled)
-
-    def to(self, device: torch.device) -> Conditions:
-        """Return the conditions on a device."""
-        return Conditions(self.context.to(device), None if self.pooled is None else self.pooled.to(device))
+    first: int
+    last: int
+    samples: int
+    distance: float
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, conditions: Conditions, geometry: Tensor | None = None) -> Tensor:
@@ -98,17 +90,14 @@ def null_text_features(
     if how == "uniform_mean":
         found = uniform_means(empty.context.to(_place(unet)), unet, blocks)
     else:
-        found = attention_means(unet, blocks, _runs(unet, empty, noised))
+        found = attention_means(unet, blocks, (partial(predict, unet, x, t, empty) for x, t in noised))
     return {name: feature.float() for name, feature in found.items()}
 
 
 def to_null_text(unet: nn.Module, constants: dict[str, Tensor], trainable: bool = False) -> None:
-    """Turn a UNet into the null-text network for good.
+    """Turn a UNet into the null-text network for good, of the constants F_null by block name, (C,).
 
-    Args:
-        unet: the prior's UNet; its attn2 and norm2 are let go.
-        constants: F_null by block name, (C,).
-        trainable: whether the constants are trained; the paper keeps them fixed.
+    Its attn2 and norm2 are let go; the paper keeps the constants fixed.
     """
     dtype = _place(unet).dtype
     replace_cross_attention(unet, {name: constant.to(dtype) for name, constant in constants.items()})
@@ -117,8 +106,39 @@ def to_null_text(unet: nn.Module, constants: dict[str, Tensor], trainable: bool 
             module.null_text_feature.requires_grad_(trainable)
 
 
-def _runs(unet: nn.Module, empty: Conditions, noised: Iterable[Noised]) -> Iterable[Callable[[], Tensor]]:
-    return (partial(predict, unet, x, t, empty) for x, t in noised)
+@torch.no_grad()
+def drift(
+    unet: nn.Module, constants: Mapping[str, Tensor], empty: Conditions, noised: Iterable[Noised]
+) -> list[DriftRow]:
+    """Compare the null-text network with the prior's empty-prompt prediction, per timestep bin.
+
+        distance = sqrt( sum ||out_null - out_SD(x, t, "")||^2 / sum ||out_SD(x, t, "")||^2 )
+
+    The outputs are compared as they are, whether they mean eps, v or flow: at small t a v output holds little of the
+    noise, so the figures of models with different predictions are not comparable.
+
+    Returns: the bins that a sample fell into, by timestep.
+    """
+    width = TIMESTEPS // BINS
+    sums = torch.zeros(BINS, 3, dtype=torch.float64)  # samples, squared difference, squared reference
+    for x, t in noised:
+        reference = predict(unet, x, t, empty).double()
+        with null_text_blocks(unet, constants):
+            difference = predict(unet, x, t, empty).double() - reference
+        squares = (value.square().sum(dim=(1, 2, 3)).cpu() for value in (difference, reference))
+        bins = (t.cpu() // width).long().clamp(max=BINS - 1)
+        sums.index_add_(0, bins, torch.stack((torch.ones(len(x), dtype=torch.float64), *squares), dim=1))
+    return [
+        DriftRow(i * width, (i + 1) * width - 1, int(samples), (difference / reference) ** 0.5)
+        for i, (samples, difference, reference) in enumerate(sums.tolist())
+        if samples
+    ]
+
+
+def drift_table(rows: Iterable[DriftRow]) -> str:
+    """Return the rows as lines for a person to read."""
+    head = "timesteps  distance from the prior's empty-prompt prediction (0: the same)"
+    return "\n".join([head, *(f"{row.first:>4}-{row.last:<4}  {row.distance:.4f}" for row in rows)])
 
 
 def _sizes(x: Tensor, geometry: Tensor | None) -> Tensor:

@@ -6,19 +6,19 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from ..gcfg.errors import GuidanceError
-from .config import Config, ModelConfig, NullTextMode, fields
+from .config import SECTIONS, Config, fields
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
+_PRESETS = Path(__file__).parent / "presets"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -30,15 +30,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises: GuidanceError: one sentence, naming the key, what was expected and the nearest known key.
     """
     values = read_toml(path, overrides, _NAMES)
-    preset = values.get("preset", "")
-    if preset in PRESETS:
-        known = tomllib.loads((Path(__file__).parent / "presets" / f"{preset}.toml").read_text(encoding="utf-8"))
-        values = merged(known, values)
+    preset = values.get("preset")
+    if preset and (known := _PRESETS / f"{preset}.toml").is_file():
+        values = merged(read_toml(known, (), _NAMES), values)
     try:
-        config = Config.model_validate(values)
+        # A section that is left out is read too, so that its relative paths mean the same.
+        values = {name: {} for name in SECTIONS} | values
+        return Config.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as error:
         raise GuidanceError(first_problem(error, str(path), _NAMES, "train")) from error
-    return _with_absolute_paths(config, path.resolve().parent)
 
 
 def read_toml(path: Path, overrides: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
@@ -57,25 +57,6 @@ def read_toml(path: Path, overrides: Sequence[str], names: Sequence[str]) -> dic
     for option in overrides:
         _override(values, option, names)
     return values
-
-
-_PATHS = {
-    "model": ("checkpoint", "vae", "text_encoder", "tokenizer"),
-    "data": ("images", "cache"),
-    "output": ("folder",),
-}
-
-
-def _with_absolute_paths(config: Config, folder: Path) -> Config:
-    changes: dict[str, Any] = {}
-    for section, keys in _PATHS.items():
-        part = getattr(config, section)
-        found = {key: str(folder / Path(value).expanduser()) for key in keys if (value := getattr(part, key))}
-        changes[section] = part.model_copy(update=found)
-    model: ModelConfig = changes["model"]
-    if model.null_text not in get_args(NullTextMode):
-        changes["model"] = model.model_copy(update={"null_text": str(folder / Path(model.null_text).expanduser())})
-    return config.model_copy(update=changes)
 
 
 def _override(values: dict[str, Any], option: str, names: Sequence[str]) -> None:

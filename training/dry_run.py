@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +21,6 @@ from .learner import Learner
 from .material import Material, material_of, read_material, read_prior
 from .prior.vae import LATENT_CHANNELS
 from .run import new_accelerator, new_learner, take_step
-from .trained import CHECKPOINTS
 
 STEPS = 5
 
@@ -72,33 +70,33 @@ def dry_run(config: Config) -> Cost | None:
     accelerator = new_accelerator(config)
     cached = bool(find_shards(Path(config.data.cache)))
     material = read_material(config) if cached else _without_cache(config)
-    learner = new_learner(config, material, accelerator, fresh=False)
-    rate = images_per_second(config, material, learner, accelerator)
-    done = checkpoints.newest(Path(config.output.folder) / CHECKPOINTS)
+    learner = new_learner(material, accelerator, fresh=False)
+    rate = images_per_second(material, learner)
+    done = checkpoints.newest(Path(config.output.folder))
     left = max(0, config.train.steps - (done.step if done else 0))
     tensors, _ = learner.state()
     gradients = sum(parameter.nbytes for parameter in learner.parameters)
-    views = 2 if config.data.flips else 1
+    views, images = 2 if config.data.flips else 1, len(material.latents)
     cost = Cost(
         parameters=sum(parameter.numel() for parameter in learner.unet.parameters()),
         trained=learner.trained_parameters,
         state_bytes=gradients + sum(tensor.nbytes for part in tensors.values() for tensor in part.values()),
         peak_bytes=peak_memory(),
-        images=material.images,
-        cache_bytes=material.images * views * 2 * torch.float16.itemsize * math.prod(material.shape),
+        images=images,
+        cache_bytes=images * views * 2 * torch.float16.itemsize * math.prod(material.latents.shape),
         images_per_second=rate,
         seconds_left=left * config.train.batch_size / rate,
     )
     return cost if accelerator.is_main_process else None
 
 
-def images_per_second(config: Config, material: Material, learner: Learner, accelerator: Accelerator) -> float:
+def images_per_second(material: Material, learner: Learner) -> float:
     """Return the speed of five steps over all processes; a first one, which warms up, is not timed."""
     seconds = 0.0
-    for step in tqdm(range(STEPS + 1), desc="measuring", disable=not accelerator.is_main_process, leave=False):
-        _, timing = take_step(config, material, learner, accelerator, step)
+    for step in tqdm(range(STEPS + 1), desc="measuring", disable=not learner.accelerator.is_main_process, leave=False):
+        _, timing = take_step(material, learner, step)
         seconds += timing.seconds if step else 0.0
-    return STEPS * config.train.batch_size / seconds
+    return STEPS * material.config.train.batch_size / seconds
 
 
 def peak_memory() -> int:
@@ -118,7 +116,7 @@ def peak_memory() -> int:
 class _Noise:
     """Latents of the right shape where none are cached yet."""
 
-    flips = False
+    flips, fingerprint = False, ""
 
     def __init__(self, images: int, side: int) -> None:
         self.shape = (LATENT_CHANNELS, side, side)
@@ -137,7 +135,7 @@ class _Noise:
 
 def _without_cache(config: Config) -> Material:
     images = list_images(Path(config.data.images))
-    return material_of(config, read_prior(config), _Noise(len(images), config.data.resolution // PIXELS), 1.0, "")
+    return material_of(config, read_prior(config), _Noise(len(images), config.data.resolution // PIXELS), 1.0)
 
 
 def _size(count: int) -> str:

@@ -17,7 +17,7 @@ from ..gcfg.errors import GuidanceError
 from ..gcfg.unet_keys import diffusers_to_ldm
 from .files import whole_file
 from .prior.architecture import Family
-from .prior.learned_token import EMBEDDING_KEY
+from .prior.model import Prediction
 
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,16 +35,11 @@ _PREDICTIONS = {"eps": "epsilon", "v": "v", "flow": "flow"}
 
 
 def model_spec(
-    family: Family, title: str, resolution: int, prediction: Literal["eps", "v", "flow"], date: datetime | None = None
+    family: Family, title: str, resolution: int, prediction: Prediction, date: datetime | None = None
 ) -> dict[str, str]:
     """Return the modelspec metadata of a trained UNet (https://github.com/Stability-AI/ModelSpec, 1.0.0).
 
-    Args:
-        family: the prior's.
-        title: the model's name.
-        resolution: side of the training images.
-        prediction: what the UNet predicts.
-        date: of the training's end; now where it is None.
+    The resolution is the side of the training images; the date that of the training's end, now where it is None.
     """
     when = (date or datetime.now(timezone.utc)).replace(microsecond=0)
     return {
@@ -90,34 +85,24 @@ def export_unet(
         save_file(weights, beside, {"format": "pt", **stated})
 
 
-def export_lora(lora: Mapping[str, Tensor], destination: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA as a file that is whole or not there.
+def export_part(
+    tensors: Mapping[str, Tensor], destination: Path, dtype: DType, metadata: Mapping[str, str], kind: str
+) -> None:
+    """Write what goes with a base model as a file that is whole or not there.
 
     Args:
-        lora: in kohya's keys.
+        tensors: by the keys of their file: kohya's for a LoRA, whose scales stay as they are.
         destination: the `.safetensors` file.
-        dtype: of its matrices; the scales stay as they are.
+        dtype: of its matrices.
         metadata: as for `export_unet`.
+        kind: 'lora' or 'textual-inversion', the end of modelspec's architecture.
 
     Raises: GuidanceError: if a value does not fit the dtype, or the disk is full.
     """
-    tensors = {key: _cast(key, tensor, dtype) if tensor.ndim else tensor for key, tensor in lora.items()}
-    _write_part(tensors, destination, metadata, "lora")
-
-
-def export_embedding(vector: Tensor, destination: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
-    """Write the vector of a learned word, (1, D), as a file that is whole or not there.
-
-    Raises: GuidanceError: if a value does not fit the dtype, or the disk is full.
-    """
-    _write_part({EMBEDDING_KEY: _cast(EMBEDDING_KEY, vector, dtype)}, destination, metadata, "textual-inversion")
-
-
-def _write_part(tensors: StateDict, destination: Path, metadata: Mapping[str, str], kind: str) -> None:
-    stated = dict(metadata)
-    stated["modelspec.architecture"] += f"/{kind}"
+    cast = {key: _cast(key, tensor, dtype) if tensor.ndim else tensor for key, tensor in tensors.items()}
+    stated = {**metadata, "modelspec.architecture": f"{metadata['modelspec.architecture']}/{kind}"}
     with whole_file(destination) as beside:
-        save_file(tensors, beside, {"format": "pt", **stated})
+        save_file(cast, beside, {"format": "pt", **stated})
 
 
 def _in_form(weights: StateDict, form: Form, context_dim: int) -> StateDict:

@@ -47,7 +47,8 @@ class Learner:
     ) -> None:
         self.unet = unet.to(accelerator.device).train()
         self._objective, self._predict = objective, predict
-        self._config, self._accelerator = config, accelerator
+        self.accelerator = accelerator
+        self._config = config
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()  # type: ignore[operator]
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
@@ -63,12 +64,6 @@ class Learner:
         self._model = accelerator.prepare_model(unet)
 
     @property
-    def device(self) -> torch.device:
-        """Where the UNet is."""
-        device: torch.device = self._accelerator.device
-        return device
-
-    @property
     def trained_parameters(self) -> int:
         """Number of values that a step changes."""
         return sum(parameter.numel() for parameter in self.parameters)
@@ -80,13 +75,21 @@ class Learner:
 
         Raises: GuidanceError: if memory runs out.
         """
-        with self._explaining_full_memory(len(micro_batches[0].u)):
+        try:
             loss = self._accumulate(micro_batches)
             limit = self._config.max_grad_norm or float("inf")
             grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
             skipped = not math.isfinite(loss) or not math.isfinite(grad_norm)
             if not skipped:
                 self._update(step)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise GuidanceError(
+                f"Out of memory with {len(micro_batches[0].u)} images at once on {self.accelerator.device}; set "
+                "train.micro_batch_size to half of that, or train.gradient_checkpointing to true, and run the same "
+                "command again."
+            ) from error
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, skipped)
 
@@ -144,31 +147,19 @@ class Learner:
         if self._ema:
             self._ema.step(self.parameters)
 
-    @contextlib.contextmanager
-    def _explaining_full_memory(self, images: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise GuidanceError(
-                f"Out of memory with {images} images at once on {self.device}; set train.micro_batch_size to half of "
-                "that, or train.gradient_checkpointing to true, and run the same command again."
-            ) from error
-
     def _accumulate(self, micro_batches: Sequence[Batch]) -> float:
         """Add up the gradients of the whole batch, and return its loss."""
-        processes = self._accelerator.num_processes
+        processes = self.accelerator.num_processes
         images = processes * sum(len(batch.u) for batch in micro_batches)
-        total = torch.zeros((), device=self._accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             # Gradients travel between processes once per step, with the last micro batch.
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-                loss = self._summed_loss(batch.to(self._accelerator.device)) / images
-                self._accelerator.backward(loss * processes)  # DDP takes the mean over processes
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._model):
+                loss = self._summed_loss(batch.to(self.accelerator.device)) / images
+                self.accelerator.backward(loss * processes)  # DDP takes the mean over processes
             total += loss.detach()
-        return float(self._accelerator.reduce(total, "sum"))
+        return float(self.accelerator.reduce(total, "sum"))
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         t = self._objective.timesteps(batch.u)

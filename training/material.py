@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..gcfg.errors import GuidanceError
-from .concept import Conditions, Noised
+from .concept import Noised
 from .config import Config
+from .data.cache import CacheReport, build_cache
 from .data.shards import Latents, Recipe, vae_fingerprint
 from .objective import Objective
 from .prior.model import Prior, open_prior
+from .prior.text_encoder import Conditions
+from .prior.vae import Autoencoder
+from .processes import alone_in, join_processes
 from .stream import CachedLatents, SampleStream
-
-if TYPE_CHECKING:
-    from .prior.vae import Autoencoder
 
 PROBE_BATCH = 4
 
@@ -28,24 +28,44 @@ class Material:
     """Everything that a run reads.
 
     Attributes:
+        config: the run's.
         prior: the recognised checkpoint.
         objective: what the prior predicts, on its noise schedule.
         empty: conditions of the empty prompt.
         conditions: of the network in training.
-        stream: the training samples.
-        shape: of a latent, (C, H, W).
-        images: how many there are.
-        fingerprint: of the cached images.
+        latents: of the images.
+        stream: the training samples made of them.
     """
 
+    config: Config
     prior: Prior
     objective: Objective
     empty: Conditions
     conditions: Conditions
+    latents: CachedLatents
     stream: SampleStream
-    shape: tuple[int, int, int]
-    images: int
-    fingerprint: str
+
+
+def encode_images(config: Config) -> CacheReport:
+    """Bring the cache up to date with the images; called by every process of a run.
+
+    Raises: GuidanceError: one sentence; what was encoded before stays.
+    """
+    data = config.data
+    if not data.images:
+        raise GuidanceError("data.images is not set, expected a folder of images; set it.")
+    vae = read_vae(read_prior(config), config)
+    device = join_processes().device
+    with alone_in(Path(data.cache), "data.cache"):
+        return build_cache(
+            Path(data.images),
+            Path(data.cache),
+            vae.to(device),
+            _recipe(vae, config),
+            shard_size=data.shard_size,
+            batch_size=data.encode_batch_size,
+            workers=data.workers,
+        )
 
 
 def read_material(config: Config) -> Material:
@@ -55,22 +75,22 @@ def read_material(config: Config) -> Material:
     """
     prior = read_prior(config)
     vae = read_vae(prior, config)
-    latents = Latents.open(Path(config.data.cache), recipe(vae, config))
-    return material_of(config, prior, latents, vae.config.scaling_factor, latents.fingerprint)
+    latents = Latents.open(Path(config.data.cache), _recipe(vae, config))
+    return material_of(config, prior, latents, vae.config.scaling_factor)
 
 
-def material_of(
-    config: Config, prior: Prior, latents: CachedLatents, scaling_factor: float, fingerprint: str
-) -> Material:
+def material_of(config: Config, prior: Prior, latents: CachedLatents, scaling_factor: float) -> Material:
     """Return the material with these latents, wherever they come from."""
+    model = config.model
+    paths = _path(model.text_encoder), _path(model.tokenizer)
     objective = Objective.of(prior.prediction, prior.zero_terminal_snr)
-    empty = _conditions(prior, "", config)
-    if config.model.mode == "null_text" or config.model.method == "textual_inversion":  # which reads its text itself
+    empty = prior.encode_prompt("", *paths)
+    if model.mode == "null_text" or model.method == "textual_inversion":  # which reads its text itself
         conditions = Conditions.without_text(prior.context_dim, empty.pooled)
     else:
-        conditions = _conditions(prior, config.model.prompt, config)
+        conditions = prior.encode_prompt(model.prompt, *paths)
     stream = SampleStream(latents, config.train.seed, scaling_factor, config.train.noise_offset)
-    return Material(prior, objective, empty, conditions, stream, latents.shape, len(latents), fingerprint)
+    return Material(config, prior, objective, empty, conditions, latents, stream)
 
 
 def read_prior(config: Config) -> Prior:
@@ -86,11 +106,6 @@ def read_vae(prior: Prior, config: Config) -> Autoencoder:
     return prior.load_vae(_path(config.model.vae))
 
 
-def recipe(vae: Autoencoder, config: Config) -> Recipe:
-    """Return what decides the latents of a config's images."""
-    return Recipe(vae_fingerprint(vae), config.data.resolution, config.data.fit, config.data.flips)
-
-
 def probes(material: Material, samples: int, device: torch.device) -> Iterator[Noised]:
     """Yield cached latents, noised at timesteps spread evenly over the schedule, in small batches of x and t."""
     for start in range(0, samples, PROBE_BATCH):
@@ -100,9 +115,8 @@ def probes(material: Material, samples: int, device: torch.device) -> Iterator[N
         yield material.objective.noised(batch.x0, batch.noise, t), t
 
 
-def _conditions(prior: Prior, prompt: str, config: Config) -> Conditions:
-    text = prior.encode_prompt(prompt, _path(config.model.text_encoder), _path(config.model.tokenizer))
-    return Conditions(text.tokens, text.pooled)
+def _recipe(vae: Autoencoder, config: Config) -> Recipe:
+    return Recipe(vae_fingerprint(vae), config.data.resolution, config.data.fit, config.data.flips)
 
 
 def _path(setting: str) -> Path | None:

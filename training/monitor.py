@@ -1,9 +1,8 @@
-"""What a person sees of a run: the progress bar, log.jsonl and TensorBoard's files. Only the main process writes."""
+"""What a person sees of a run: progress bar, log.jsonl, TensorBoard and sample grids. Only the main process writes."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .concept import predict
 from .config import Config
-from .learner import StepResult
+from .files import whole_file
+from .learner import Learner, StepResult
+from .material import Material, read_vae
+from .picture_grid import labelled_grid
+from .prior.text_encoder import Conditions
+from .sampling import Denoise, decode, guided, sample, starting_noise
 
 LOG = "log.jsonl"
 
@@ -33,7 +39,7 @@ class Monitor:
     """Reports the steps of a run, from the one it starts with."""
 
     def __init__(self, config: Config, start: int) -> None:
-        folder = Path(config.output.folder)
+        self._folder = folder = Path(config.output.folder)
         folder.mkdir(parents=True, exist_ok=True)
         keep_lines(folder / LOG, start)
         self._every = config.output.log_every
@@ -46,13 +52,9 @@ class Monitor:
         self._seconds, self._last = 0.0, start
 
     def step(self, step: int, result: StepResult, skipped: int, timing: Timing) -> None:
-        """Report that `step` steps are done.
+        """Report that `step` steps are done, `skipped` of them skipped; `result` and `timing` are the last one's.
 
-        Args:
-            step: how many are done.
-            result: of the last one.
-            skipped: steps skipped so far.
-            timing: of the last step; the speed leaves out checkpoints and sample grids.
+        The speed leaves out checkpoints and sample grids.
         """
         self._bar.update(1)
         self._seconds += timing.seconds
@@ -82,8 +84,11 @@ class Monitor:
             for key in ("loss", "grad_norm", "images_per_second"):
                 self._board.add_scalar(key, line[key] if line[key] is not None else float("nan"), step)
 
-    def samples(self, step: int, grid: Image.Image) -> None:
-        """Show a sample grid."""
+    def samples(self, step: int, material: Material, learner: Learner) -> None:
+        """Draw the run's grid, samples/step-N.png in its folder."""
+        grid = sample_grid(material, learner)
+        with whole_file(self._folder / "samples" / f"step-{step:08d}.png") as beside:
+            grid.save(beside, format="PNG")
         if self._board:
             self._board.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
@@ -95,11 +100,31 @@ class Monitor:
             self._board.close()
 
 
-class Silent:
-    """The monitor of every process but the main one."""
+def sample_grid(material: Material, learner: Learner) -> Image.Image:
+    """Return GCFG of the concept around the frozen prior: one row for each weight, one column for each seed.
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
+    The prior and the autoencoder are read anew and let go: between two grids they take no memory.
+    """
+    config, device = material.config, learner.accelerator.device
+    vae, unet = read_vae(material.prior, config), material.prior.load_unet().to(device)
+    prior = _denoiser(unet, material, material.empty.to(device))
+    x = starting_noise(config.sample.seeds, material.latents.shape).to(device)
+    with learner.averaged():
+        concept = _denoiser(learner.unet, material, material.conditions.to(device))
+        latents = [
+            sample(guided(prior, concept, weight), x, material.objective, config.sample.steps)
+            for weight in config.sample.weights
+        ]
+    vae.to(device)
+    captions = [f"w = {weight:g}" for weight in config.sample.weights]
+    return labelled_grid([(caption, decode(vae, each)) for caption, each in zip(captions, latents, strict=True)])
+
+
+def _denoiser(unet: nn.Module, material: Material, conditions: Conditions) -> Denoise:
+    def denoised(x: Tensor, t: Tensor) -> Tensor:
+        return material.objective.denoised(x, predict(unet, x, t, conditions), t)
+
+    return denoised
 
 
 def keep_lines(path: Path, step: int) -> None:
@@ -114,6 +139,5 @@ def keep_lines(path: Path, step: int) -> None:
         except (ValueError, KeyError):  # the line that a killed process was writing
             break
         kept.append(line + "\n")
-    beside = path.with_name(f".{path.name}")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -77,6 +79,26 @@ def alone_in(folder: Path, source: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Yield a list that gets the first SIGTERM or Ctrl-C as a request to stop; a second one acts as ever."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        restore()
 
 
 def _leave_processes() -> None:

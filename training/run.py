@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -14,18 +13,15 @@ from torch import Tensor, nn
 from ..gcfg.errors import GuidanceError
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .concept import null_text_features, predict, to_null_text
+from .concept import drift, drift_table, null_text_features, predict, to_null_text
 from .config import Config, changed_on_resume
-from .drift import drift, drift_table
 from .learner import Learner, StepResult
 from .material import Material, probes, read_material
 from .methods.network import prompted
-from .monitor import Monitor, Silent, Timing
-from .processes import alone_in, join_processes, only_cpu
-from .samples import write_samples
-from .signals import StopRequest
+from .monitor import Monitor, Timing
+from .processes import alone_in, join_processes, noted_signals, only_cpu
 from .stream import shares
-from .trained import CHECKPOINTS, export_run, manifest
+from .trained import export_run, manifest
 
 DRIFT_SAMPLES = 40
 
@@ -68,44 +64,43 @@ def train(config: Config) -> Outcome:
     material = read_material(config)
     folder = Path(config.output.folder)
     with alone_in(folder, "output.folder"):
-        found = checkpoints.newest(folder / CHECKPOINTS)
-        _check_same_run(found, material, config, accelerator)
-        learner = new_learner(config, material, accelerator, fresh=found is None)
+        found = checkpoints.newest(folder)
+        _check_same_run(found, material, accelerator)
+        learner = new_learner(material, accelerator, fresh=found is None)
         start = _take_up(found, learner) if found else Progress()
         accelerator.wait_for_everyone()  # before the main process tidies up what the others have just read
         if accelerator.is_main_process:
-            checkpoints.prune(folder / CHECKPOINTS, config.output.keep_last)
+            checkpoints.prune(folder, config.output.keep_last)
             if found:
                 print(f"Going on after step {start.step} of {config.train.steps}.", flush=True)
-        step, signal = _loop(config, material, learner, accelerator, start)
+        step, signal = _loop(material, learner, start)
         if step < config.train.steps:
             return Outcome(step, signal)
         return Outcome(step, exported=export_run(folder) if accelerator.is_main_process else None)
 
 
-def _loop(
-    config: Config, material: Material, learner: Learner, accelerator: Accelerator, progress: Progress
-) -> tuple[int, int]:
+def _loop(material: Material, learner: Learner, progress: Progress) -> tuple[int, int]:
     """Take the steps that are left; return the last one, and the signal that stopped the loop, or 0."""
-    monitor: Any = Monitor(config, progress.step) if accelerator.is_main_process else Silent()
-    saved, signal = progress.step, 0
+    config, accelerator = material.config, learner.accelerator
+    monitor = Monitor(config, progress.step) if accelerator.is_main_process else None
+    signal = 0
     try:
-        with StopRequest() as stop:
+        with noted_signals() as noted:
             while progress.step < config.train.steps and not signal:
-                result, timing = take_step(config, material, learner, accelerator, progress.step)
+                result, timing = take_step(material, learner, progress.step)
                 progress = progress.after(result)
-                monitor.step(progress.step, result, progress.skipped, timing)
+                if monitor:
+                    monitor.step(progress.step, result, progress.skipped, timing)
                 _check_sound(progress, result, config)
-                signal = _agreed(stop.signal, accelerator)
-                if _due(progress.step, config.output.checkpoint_every):
-                    _save(config, material, learner, progress, accelerator)
-                    saved = progress.step
-                if _due(progress.step, config.sample.every) and accelerator.is_main_process:
-                    monitor.samples(progress.step, write_samples(config, material, learner, progress.step))
-            if saved != progress.step:
-                _save(config, material, learner, progress, accelerator)
+                signal = _agreed(noted, accelerator)
+                last = signal or progress.step == config.train.steps
+                if last or _due(progress.step, config.output.checkpoint_every):
+                    _save(material, learner, progress)
+                if monitor and _due(progress.step, config.sample.every):
+                    monitor.samples(progress.step, material, learner)
     finally:
-        monitor.close()
+        if monitor:
+            monitor.close()
     return progress.step, signal
 
 
@@ -128,20 +123,20 @@ def new_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def new_learner(config: Config, material: Material, accelerator: Accelerator, fresh: bool) -> Learner:
+def new_learner(material: Material, accelerator: Accelerator, fresh: bool) -> Learner:
     """Make the network of the prior, and the learner around it.
 
-    Args:
-        config: the run's.
-        material: what it reads.
-        accelerator: its processes.
-        fresh: whether the constants are to be found and measured; a checkpoint brings its own.
+    Where it is fresh, its constants are found and measured; a checkpoint brings its own.
     """
+    config = material.config
     if config.model.mode == "prompt":
         unet = prompted(material.prior, config.model, config.train.seed)
     else:
         unet = material.prior.load_unet().to(accelerator.device)
-        constants = _constants(unet, config, material) if fresh else null_text_features(unet, "zero")
+        constants = null_text_features(unet, "zero")
+        if fresh:
+            noised = probes(material, config.model.attention_mean_samples, accelerator.device)
+            constants = null_text_features(unet, config.model.null_text, material.empty, noised)
         if fresh and accelerator.is_main_process:
             noised = probes(material, DRIFT_SAMPLES, accelerator.device)
             print(drift_table(drift(unet, constants, material.empty, noised)))
@@ -154,17 +149,10 @@ def new_learner(config: Config, material: Material, accelerator: Accelerator, fr
     return Learner(unet, material.objective, bound, config.train, accelerator)
 
 
-def _constants(unet: nn.Module, config: Config, material: Material) -> dict[str, Tensor]:
-    device = next(unet.parameters()).device
-    noised = probes(material, config.model.attention_mean_samples, device)
-    return null_text_features(unet, config.model.null_text, material.empty, noised)
-
-
-def take_step(
-    config: Config, material: Material, learner: Learner, accelerator: Accelerator, step: int
-) -> tuple[StepResult, Timing]:
+def take_step(material: Material, learner: Learner, step: int) -> tuple[StepResult, Timing]:
     """Take one step on this process's share of the batch, and time it."""
-    train, rank, processes = config.train, accelerator.process_index, accelerator.num_processes
+    train, accelerator = material.config.train, learner.accelerator
+    rank, processes = accelerator.process_index, accelerator.num_processes
     now, following = (
         shares(each, train.batch_size, train.micro_batch_size, rank, processes) for each in (step, step + 1)
     )
@@ -179,11 +167,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _agreed(signal: int, accelerator: Accelerator) -> int:
+def _agreed(noted: list[int], accelerator: Accelerator) -> int:
     """Return the signal that any process got, or 0: all stop after the same step."""
-    if accelerator.num_processes == 1:
-        return signal
-    got: Tensor = accelerator.gather(torch.tensor([signal], device=accelerator.device))
+    got: Tensor = accelerator.gather(torch.tensor(noted[:1] or [0], device=accelerator.device))
     return int(got.max())
 
 
@@ -196,19 +182,20 @@ def _check_sound(progress: Progress, result: StepResult, config: Config) -> None
         )
 
 
-def _save(config: Config, material: Material, learner: Learner, progress: Progress, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        folder = Path(config.output.folder) / CHECKPOINTS
+def _save(material: Material, learner: Learner, progress: Progress) -> None:
+    output = material.config.output
+    if learner.accelerator.is_main_process:
+        folder = Path(output.folder)
         tensors, scalars = learner.state()
         about = {
             **asdict(progress),
-            **manifest(config, material),
+            **manifest(material),
             "trained_parameters": learner.trained_parameters,
             "scalars": scalars,
         }
         checkpoints.save(folder, about, tensors)
-        checkpoints.prune(folder, config.output.keep_last)
-    accelerator.wait_for_everyone()
+        checkpoints.prune(folder, output.keep_last)
+    learner.accelerator.wait_for_everyone()
 
 
 def _take_up(found: Checkpoint, learner: Learner) -> Progress:
@@ -216,8 +203,9 @@ def _take_up(found: Checkpoint, learner: Learner) -> Progress:
     return Progress(*(found.manifest[name] for name in Progress.__dataclass_fields__))
 
 
-def _check_same_run(found: Checkpoint | None, material: Material, config: Config, accelerator: Accelerator) -> None:
+def _check_same_run(found: Checkpoint | None, material: Material, accelerator: Accelerator) -> None:
     """Refuse to go on with another run than the one that was saved, or to start anew in one process and not in all."""
+    config = material.config
     step = torch.tensor([found.step if found else 0], device=accelerator.device)
     steps: list[int] = accelerator.gather(step).tolist()
     if len(set(steps)) > 1:
@@ -231,7 +219,7 @@ def _check_same_run(found: Checkpoint | None, material: Material, config: Config
     fix = "change it back, or name another output.folder"
     if changes := changed_on_resume(found.manifest["config"], config):
         raise GuidanceError(f"{other}: {changes[0]}; {fix}.")
-    now = manifest(config, material)
+    now = manifest(material)
     for key, words in (("prior", "model.checkpoint holds another UNet"), ("data", "data.cache holds other images")):
         if found.manifest[key] != now[key]:
             raise GuidanceError(f"{other}: {words} than at the start of the run; {fix}.")

@@ -25,6 +25,7 @@ class CachedLatents(Protocol):
 
     shape: tuple[int, int, int]
     flips: bool
+    fingerprint: str
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -110,14 +111,9 @@ class SampleStream:
 
 
 def shares(step: int, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> list[range]:
-    """Return the positions of one optimizer step that one process takes, as micro batches.
+    """Return the positions of one optimizer step, from 0, that one process takes, as micro batches.
 
-    Args:
-        step: number of the step, from 0.
-        batch_size: images of the step over all processes; a multiple of `processes`.
-        micro_batch_size: images at once; 0 for the whole share.
-        rank: number of this process.
-        processes: how many there are.
+    The batch size is over all processes and a multiple of their number; a micro batch size of 0 is the whole share.
     """
     share = batch_size // processes
     start = step * batch_size + rank * share

@@ -11,28 +11,26 @@ from torch import Tensor
 from ..gcfg.errors import GuidanceError
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .config import Config, ModelConfig
-from .export import DType, export_embedding, export_lora, export_unet, model_spec
+from .config import ModelConfig
+from .export import DType, export_part, export_unet, model_spec
 from .material import Material
 from .methods.adapters import lora_file
 from .methods.network import ordinary_unet
-from .methods.textual_inversion import TOKEN
+from .methods.textual_inversion import EMBEDDING_KEY, TOKEN
 from .prior.model import open_prior
-
-CHECKPOINTS = "checkpoints"
 
 Weights = Literal["ema", "raw"]
 
 
-def manifest(config: Config, material: Material) -> dict[str, Any]:
+def manifest(material: Material) -> dict[str, Any]:
     """Return what a checkpoint says of its run: enough to go on with it, and to export it."""
     prior = material.prior
     return {
         "format": 1,
-        "config": config.model_dump(mode="json"),
+        "config": material.config.model_dump(mode="json"),
         "prior": prior.fingerprint,
-        "data": material.fingerprint,
-        "images": material.images,
+        "data": material.latents.fingerprint,
+        "images": len(material.latents),
         "family": prior.family,
         "prediction": prior.prediction,
         "zero_terminal_snr": prior.zero_terminal_snr,
@@ -80,7 +78,7 @@ def export_run(
         **_recipe(about, model, weights),
     }
     if model.method == "textual_inversion":
-        export_embedding(trained[TOKEN], path, dtype, metadata)
+        export_part({EMBEDDING_KEY: trained[TOKEN]}, path, dtype, metadata, "textual-inversion")
         return path
     export_unet(
         _unet(about, model, trained),
@@ -92,7 +90,8 @@ def export_run(
         about["zero_terminal_snr"],
     )
     if model.method == "lora":
-        export_lora(lora_file(trained), path.with_name(f"{path.stem}-lora{path.suffix}"), dtype, metadata)
+        beside = path.with_name(f"{path.stem}-lora{path.suffix}")
+        export_part(lora_file(trained), beside, dtype, metadata, "lora")
     return path
 
 
@@ -101,10 +100,8 @@ def find_checkpoint(source: Path) -> Checkpoint:
 
     Raises: GuidanceError: if there is none.
     """
-    if (source / checkpoints.MANIFEST).is_file():
-        found = checkpoints.read(source)
-    else:
-        found = checkpoints.newest(source / CHECKPOINTS)
+    read = checkpoints.read if (source / checkpoints.MANIFEST).is_file() else checkpoints.newest
+    found = read(source)
     if found is None:
         raise GuidanceError(
             f"{str(source)!r} holds no whole checkpoint, expected a run's output.folder or one of its checkpoints."

@@ -23,8 +23,9 @@ export class Chart {
   }
 
   /** Replace everything by the report of a whole run. */
-  show({ labels, steps, readings }) {
+  show({ labels, steps, readings, relative = [] }) {
     this.labels = labels;
+    this.relative = relative; // reports of older versions have none
     this.steps = steps;
     this.readings = readings.slice();
     this.at = null;
@@ -32,10 +33,10 @@ export class Chart {
   }
 
   /** Add the readings of a run that goes on; a first one begins a new chart. */
-  add({ first, labels, steps, readings }) {
-    if (first === 0) this.show({ labels, steps, readings });
+  add(news) {
+    if (news.first === 0) this.show(news);
     else {
-      this.readings.splice(first, this.readings.length, ...readings);
+      this.readings.splice(news.first, this.readings.length, ...news.readings);
       this.refresh();
     }
   }
@@ -158,16 +159,17 @@ export class Chart {
   tell() {
     const reading = this.at === null ? null : this.readings[this.at];
     this.readout.style.display = reading ? "block" : "none";
-    if (reading) this.readout.textContent = describe(reading, this.labels, this.steps);
+    if (reading) this.readout.textContent = describe(reading, this.labels, this.steps, this.relative);
   }
 }
 
-/** The values of one evaluation as text. */
-export function describe(reading, labels, steps) {
+/** The values of one evaluation as text; `relative` is what each term is measured from, "" for the base. */
+export function describe(reading, labels, steps, relative = []) {
   const lines = [say("step {0} of {1}, sigma {2}", reading.step, steps, short(reading.sigma))];
   labels.forEach((label, term) => {
     const pull = reading.weights[term] === 0 ? say("off") : `${say("pull")} ${short(reading.pulls[term])}`;
-    lines.push(`${label}: ${say("weight")} ${short(reading.weights[term])}, ${pull}`);
+    const from = relative[term] ? say(", measured from {0}", relative[term]) : "";
+    lines.push(`${label}: ${say("weight")} ${short(reading.weights[term])}, ${pull}${from}`);
   });
   lines.push(`${say("sum")}: ${short(reading.total)}`);
   pairs(labels.length).forEach(([i, j], pair) => {

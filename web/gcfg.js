@@ -8,9 +8,11 @@ import { attachCheck } from "./prompt.mjs";
 import { useLanguage } from "./texts.mjs";
 import { addPanel, after, findNode, later } from "./nodes.mjs";
 
-const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"]);
-const CHARTED = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced"]);
-const TERMS = new Set(["GCFGGuidanceTerm", "GCFGDecoupledPrompt", "GCFGGuidanceCache"]);
+const SUMMING = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGModel", "GCFGWeightSweep"]);
+const CHARTED = new Set(["GCFGGuider", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGModel"]);
+const TERMS = new Set([
+  "GCFGGuidanceTerm", "GCFGDecoupledPrompt", "GCFGRegionTerms", "GCFGGuidanceRelation", "GCFGGuidanceCache",
+]);
 
 /** Bring all sockets and their names up to date, once the editor has finished what it is doing. */
 const refresh = later((graph) => {

@@ -11,6 +11,7 @@ const CHINESE = {
   cosine: "余弦",
   "step {0} of {1}, sigma {2}": "第 {0}/{1} 步，sigma {2}",
   "measured from {0}": "以 {0} 为基准",
+  ", measured from {0}": "，以 {0} 为基准",
   "{0} guidance": "{0} 个引导项",
   "{0} guidances": "{0} 个引导项",
   "line {0}": "第 {0} 行",

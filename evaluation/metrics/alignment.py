@@ -1,17 +1,19 @@
-"""Text guidance: is the attribute that the prompt asked for in the image? (paper D.3)"""
+"""Text guidance: is what the prompt asked for in the image (paper D.3), and how near to it is the image?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torchmetrics.multimodal.clip_score import CLIPScore
+from transformers import CLIPModel, CLIPProcessor
 
 from ...gcfg.errors import GuidanceError
-from .clip_score import Clip, load_clip
-from .plugin import build
+from . import own_network
 
 Classifier = Callable[[Tensor, str], Tensor]  # (images (N, 3, H, W) uint8, label) -> (N,) bool
 
@@ -45,8 +47,8 @@ def load_classifier(
     Raises: GuidanceError: if it cannot be made, or a label is none that CLIP can tell.
     """
     if name == "clip":
-        return ZeroShot(load_clip("alignment.classifier_weights", weights, device), labels)
-    classifier = build("alignment.classifier", name, weights)
+        return zero_shot(load_clip("alignment.classifier_weights", weights, device), labels)
+    classifier = own_network("alignment.classifier", name, weights)
     if not callable(classifier):
         raise GuidanceError(
             f"alignment.classifier {name!r} returned a {type(classifier).__name__}, expected a function of images and "
@@ -57,39 +59,36 @@ def load_classifier(
     return _checked(classifier, device)
 
 
-class ZeroShot:
-    """CLIP as attribute predictor: the attribute holds where its text is nearer than every opposite.
+def zero_shot(clip: Clip, labels: Sequence[str]) -> Classifier:
+    """Return CLIP as attribute predictor: the attribute holds where its text is nearer than every opposite.
 
     A label is 'ATTRIBUTE | OPPOSITE', or with several opposites.
     """
-
-    def __init__(self, clip: Clip, labels: Sequence[str]) -> None:
-        self._clip = clip
-        self._texts = {label: self._text_features(label) for label in labels}
+    texts = {label: _text_features(clip, label) for label in labels}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, label: str) -> Tensor:
-        """Tell for each image whether the label holds."""
-        texts = self._texts[label]
-        return torch.cat([self._holds(part, texts) for part in torch.split(images, _BATCH)])
+    def holds(images: Tensor, label: str) -> Tensor:
+        nearest = []
+        for part in torch.split(images, _BATCH):
+            pixels = clip.processor(images=list(part.cpu()), return_tensors="pt")["pixel_values"]
+            features = clip.model.get_image_features(pixels.to(clip.model.device))
+            nearest.append((features @ texts[label].T).argmax(1))  # an image's own length changes no order
+        return (torch.cat(nearest) == 0).cpu()
 
-    def _holds(self, images: Tensor, texts: Tensor) -> Tensor:
-        pixels = self._clip.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-        features = self._clip.model.get_image_features(pixels.to(self._clip.model.device))
-        nearest: Tensor = (features @ texts.T).argmax(1)  # an image's own length changes no order
-        return (nearest == 0).cpu()
+    return holds
 
-    @torch.no_grad()
-    def _text_features(self, label: str) -> Tensor:
-        texts = [text.strip() for text in label.split("|")]
-        if len(texts) < 2 or not all(texts):
-            raise GuidanceError(
-                f"alignment.prompts: label {label!r} is none that CLIP can tell, expected 'ATTRIBUTE | OPPOSITE', for "
-                "example 'a smiling face | a serious face'."
-            )
-        tokens = self._clip.processor(text=texts, return_tensors="pt", padding=True).to(self._clip.model.device)
-        features: Tensor = self._clip.model.get_text_features(**tokens)
-        return normalize(features, dim=1)
+
+@torch.no_grad()
+def _text_features(clip: Clip, label: str) -> Tensor:
+    texts = [text.strip() for text in label.split("|")]
+    if len(texts) < 2 or not all(texts):
+        raise GuidanceError(
+            f"alignment.prompts: label {label!r} is none that CLIP can tell, expected 'ATTRIBUTE | OPPOSITE', for "
+            "example 'a smiling face | a serious face'."
+        )
+    tokens = clip.processor(text=texts, return_tensors="pt", padding=True).to(clip.model.device)
+    features: Tensor = clip.model.get_text_features(**tokens)
+    return normalize(features, dim=1)
 
 
 def _checked(classifier: Classifier, device: torch.device | str) -> Classifier:
@@ -104,3 +103,49 @@ def _checked(classifier: Classifier, device: torch.device | str) -> Classifier:
         return answer.cpu()
 
     return holds
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP of both towers, with what prepares images and texts for it."""
+
+    model: CLIPModel
+    processor: CLIPProcessor
+
+
+def load_clip(setting: str, folder: Path | None, device: torch.device | str = "cpu") -> Clip:
+    """Read a CLIP from a local folder in Hugging Face's layout; nothing is fetched.
+
+    Args:
+        setting: the config key, for messages.
+        folder: with config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
+        device: where it runs.
+
+    Raises: GuidanceError: if it is not there, or not such a folder.
+    """
+    expected = "expected a local folder of a whole CLIP, such as a copy of openai/clip-vit-large-patch14"
+    if folder is None:
+        raise GuidanceError(f"{setting} is empty, {expected}.")
+    if not folder.is_dir():
+        raise GuidanceError(f"{setting} is {str(folder)!r}, {expected}.")
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
+        return Clip(model, CLIPProcessor.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # OSError, ValueError, TypeError and more, by what is missing
+        reason = str(error).strip().partition("\n")[0]
+        raise GuidanceError(f"{setting} is {str(folder)!r}, {expected}: {reason}") from error
+
+
+def clip_score(images: Tensor, prompts: Sequence[str], clip: Clip) -> float:
+    """Return the mean CLIP score of uint8 images, (N, 3, H, W), each with its own prompt.
+
+    100 cos(image, text)        # Hessel et al. 2021, in torchmetrics' scale; below 0 counts as 0 in the mean
+    """
+    # One process measures: torchmetrics would wait for the others.
+    metric = CLIPScore(lambda: (clip.model, clip.processor), sync_on_compute=False)
+    device = clip.model.device
+    for first in range(0, len(images), _BATCH):
+        part = slice(first, first + _BATCH)
+        with torch.no_grad():
+            metric.update(images[part].to(device), list(prompts[part]))
+    return float(metric.compute())

@@ -1,17 +1,16 @@
-"""The page: a pure function of the stored results, section by section; each section is a list of Markdown blocks."""
+"""The page: a pure function of the results, section by section; each section is a list of Markdown blocks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from ..config import METHODS
+from ..results import RESULTS, Result, Results, Sweep
 from . import tables, words
-from .plots import tradeoff_points
-from .stored import METHODS, Result, Results, Sweep
+from .pictures import tradeoff_points
 
-RESULTS = "results"  # folder of their files, in that beside the page
 LEGEND = "↑: more is better, ↓: less; the best is **bold**, the prior aside."
 
 _TASKS = {
@@ -37,19 +36,18 @@ class Experiment:
     stages: Mapping[str, float]
 
 
-# (the results as their files hold them, what the page says beside them, name of the folder beside it) -> Markdown
-PageText = Callable[[Sequence[Mapping[str, Any]], Experiment, str], str]
+# (the results, what the page says beside them, name of the folder beside it) -> Markdown
+PageText = Callable[[Results, Experiment, str], str]
 
 
-def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
+def page_text(results: Results, experiment: Experiment, folder: str) -> str:
     """Return the page in Markdown.
 
     Args:
-        stored: the results, as their files hold them.
+        results: of the evaluation.
         experiment: what the page says beside them.
         folder: name of the folder beside the page.
     """
-    results = Results(stored)
     return joined(
         introduction(experiment),
         [LEGEND, f"`gcfg evaluate report` wrote this page from the files in {results_link(folder)}."],
@@ -82,7 +80,7 @@ def unconditional(
     results: Results,
     folder: str,
     heading: str = "Unconditional generation",
-    beside: tables.Columns = tables.NOTHING,
+    beside: tables.Beside = tables.NOTHING,
     below: Sequence[Sequence[str]] = (),
 ) -> list[str]:
     """Return FID of unconditional images, with more columns and rows if they are given."""
@@ -111,7 +109,7 @@ def guided(
     results: Results,
     folder: str,
     heading: str = "Text-guided and spatially guided generation",
-    beside: tables.Columns = tables.NOTHING,
+    beside: tables.Beside = tables.NOTHING,
     difference: str = "",
 ) -> list[str]:
     """Return control by text and by edges, with more columns if they are given.
@@ -225,19 +223,15 @@ def provenance(results: Results, stages: Mapping[str, float], folder: str) -> li
 
 def sheets(results: Results) -> dict[str, list[Result]]:
     """Return the sheets of images by file name: each task of each group."""
-    found = {
-        f"{task}-{group}.jpg": results.of_task(task, group) for group in (METHODS, *results.groups) for task in _TASKS
-    }
+    groups = (METHODS, *results.groups)
+    found = {f"{task}-{group}.jpg": results.of_task(task, group) for group in groups for task in _TASKS}
     return {name: rows for name, rows in found.items() if rows}
 
 
 def _sheet(results: Results, task: str, group: str, folder: str) -> list[str]:
-    name = f"{task}-{group}.jpg"
-    return (
-        [f"![{_TASKS[task]}, a row for each method, all from the same seeds]({folder}/{name})"]
-        if name in sheets(results)
-        else []
-    )
+    if not results.of_task(task, group):
+        return []
+    return [f"![{_TASKS[task]}, a row for each method, all from the same seeds]({folder}/{task}-{group}.jpg)"]
 
 
 def has_tradeoff(results: Results) -> bool:

@@ -2,81 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from ..config import PRIOR
+from ..config import METHODS
+from ..recipe import PRIOR
+from ..results import Result, Results
 from . import words
-from .stored import METHODS, Result, Results
 
 # Cells of methods by the heading of their column.
-Columns = Mapping[str, Mapping[str, str]]
-NOTHING: Columns = {}
+Beside = Mapping[str, Mapping[str, str]]
+NOTHING: Beside = {}
 
-# (task, number, heading, lowest is best); the tables of ablations show those that were measured.
-_NUMBERS = (
-    ("fid", "fid", "FID ↓", True),
-    ("alignment", "alignment", "alignment ↑", False),
-    ("alignment", "fid", "FID, text-guided ↓", True),
-    ("canny", "f1", "edge F1 ↑", False),
-    ("canny", "mae", "edge difference ↓", True),
-    ("diversity", "diversity", "diversity ↑", False),
-    ("diversity", "vendi", "Vendi score ↑", False),
+
+class Column(NamedTuple):
+    """A number of a task, and whether its lowest value is the best."""
+
+    heading: str
+    task: str
+    number: str
+    lowest: bool
+
+
+_FID = Column("FID ↓", "fid", "fid", True)
+_EDGES = (Column("edge F1 ↑", "canny", "f1", False), Column("edge difference ↓", "canny", "mae", True))
+_GUIDED = (
+    Column("alignment ↑", "alignment", "alignment", False),
+    Column("FID of these ↓", "alignment", "fid", True),
+    Column("CLIP score ↑", "alignment", "clip_score", False),
+    *_EDGES,
+)
+_ABLATION = (
+    _FID,
+    Column("alignment ↑", "alignment", "alignment", False),
+    Column("FID, text-guided ↓", "alignment", "fid", True),
+    *_EDGES,
+    Column("diversity ↑", "diversity", "diversity", False),
+    Column("Vendi score ↑", "diversity", "vendi", False),
 )
 
 
-def unconditional(results: Results, beside: Columns = NOTHING, below: Sequence[Sequence[str]] = ()) -> str:
+def unconditional(results: Results, beside: Beside = NOTHING, below: Sequence[Sequence[str]] = ()) -> str:
     """Unconditional generation, with more columns and rows if they are given."""
     methods = [each.method for each in results.of_task("fid", METHODS)]
-    fids = [results.number("fid", method, "fid") for method in methods]
-    ranked = [value if method != PRIOR else None for value, method in zip(fids, methods, strict=True)]
-    shown = words.best(ranked, [words.number(value) for value in fids], lowest=True)
-    rows = [
-        [results.title(method), words.parameters(results.parameters(method)), fid, *_cells(beside, method)]
-        for method, fid in zip(methods, shown, strict=True)
-    ]
-    return words.table(["method", "trained parameters", "FID ↓", *beside], [*rows, *below])
+    cells = {
+        "method": map(results.title, methods),
+        "trained parameters": [words.parameters(results.parameters(method)) for method in methods],
+        _FID.heading: _best(results, methods, _FID),
+        **_beside(beside, methods),
+    }
+    return words.table(list(cells), [*zip(*cells.values(), strict=True), *below])
 
 
-def guided(results: Results, beside: Columns = NOTHING) -> str:
+def guided(results: Results, beside: Beside = NOTHING) -> str:
     """Text-guided and spatially guided generation, with more columns if they are given."""
-    tasks = ("alignment", "canny")
-    methods = [name for name in results.of_group(METHODS) if any(results.get(task, name) for task in tasks)]
-    columns = [
-        ("alignment ↑", "alignment", "alignment", False),
-        ("FID of these ↓", "alignment", "fid", True),
-        ("CLIP score ↑", "alignment", "clip_score", False),
-        ("edge F1 ↑", "canny", "f1", False),
-        ("edge difference ↓", "canny", "mae", True),
-    ]
-    columns = [each for each in columns if any(results.number(each[1], name, each[2]) is not None for name in methods)]
-    shown = [_column(results, methods, *each[1:]) for each in columns]
-    rows = [
-        [results.title(method), *(column[place] for column in shown), *_cells(beside, method)]
-        for place, method in enumerate(methods)
-    ]
-    return words.table(["method", *(each[0] for each in columns), *beside], rows)
+    methods = [m for m in results.of_group(METHODS) if results.get("alignment", m) or results.get("canny", m)]
+    cells = {
+        "method": map(results.title, methods),
+        **{each.heading: _best(results, methods, each) for each in _measured(results, methods, _GUIDED)},
+        **_beside(beside, methods),
+    }
+    return words.table(list(cells), list(zip(*cells.values(), strict=True)))
 
 
 def ablation(results: Results, group: str, reference: Sequence[str]) -> str:
     """Methods of an ablation, with every number that one of them has, below those that they are compared with."""
     own = results.of_group(group)
-    columns = [
-        (heading, *place)
-        for *place, heading, _ in _NUMBERS
-        if any(results.number(place[0], method, place[1]) is not None for method in own)
-    ]
-    measured = [
-        method
-        for method in dict.fromkeys([*reference, *own])
-        if any(results.number(task, method, number) is not None for _, task, number in columns)
-    ]
-    rows = [
-        [results.title(method), *(_cell(results, task, method, number) for _, task, number in columns)]
-        for method in measured
-    ]
-    return words.table(["", *(heading for heading, *_ in columns)], rows)
+    columns = _measured(results, own, _ABLATION)
+    methods = [method for method in dict.fromkeys([*reference, *own]) if _measured(results, [method], columns)]
+    rows = [[results.title(method), *(_cell(results, method, each) for each in columns)] for method in methods]
+    return words.table(["", *(each.heading for each in columns)], rows)
 
 
 def weights_table(results: Results) -> str:
@@ -85,12 +82,12 @@ def weights_table(results: Results) -> str:
     for each in results:
         if not each.terms:
             continue
-        used = ", ".join(f"{_name(term)} {words.weight(term['weight'])}" for term in each.terms)
+        used = ", ".join(f"{_name(term)} {term['weight']:g}" for term in each.terms)
         around = "" if each.recipe["base"] == PRIOR else f" around {each.recipe['base']}"
         rows.append(
             [each.title, each.task, used + around, str(len(each.search)) if each.search else "given", _edge(each)]
         )
-    return words.table(["method", "task", "weights", "tried", ""], rows).replace("---:", "---")
+    return words.table(["method", "task", "weights", "tried", ""], rows, numbers=False)
 
 
 def stages_table(stages: Mapping[str, float]) -> str:
@@ -103,28 +100,44 @@ def files_table(results: Results) -> str:
     """Every file that a number depends on."""
     known = {(key, file["path"], file["sha256"]) for each in results.everything for key, file in each.files.items()}
     rows = [[f"`{key}`", f"`{path}`", f"`{sha256[:16]}`"] for key, path, sha256 in sorted(known)]
-    return words.table(["setting", "file or folder", "SHA-256, first 16 digits"], rows).replace("---:", "---")
+    return words.table(["setting", "file or folder", "SHA-256, first 16 digits"], rows, numbers=False)
 
 
-def _cells(beside: Columns, method: str) -> list[str]:
-    return [cells.get(method, words.ABSENT) for cells in beside.values()]
+def _measured(results: Results, methods: Iterable[str], columns: Sequence[Column]) -> list[Column]:
+    """Return the columns of which one of the methods has the number."""
+    known = list(methods)
+    return [c for c in columns if any(results.number(c.task, method, c.number) is not None for method in known)]
 
 
-def _column(results: Results, methods: Sequence[str], task: str, number: str, lowest: bool) -> list[str]:
-    values = [results.number(task, method, number) for method in methods]
-    ranked = [value if method != PRIOR else None for value, method in zip(values, methods, strict=True)]
-    return words.best(ranked, [_cell(results, task, method, number) for method in methods], lowest)
+def _beside(beside: Beside, methods: Sequence[str]) -> dict[str, list[str]]:
+    return {heading: [cells.get(m, words.ABSENT) for m in methods] for heading, cells in beside.items()}
 
 
-def _cell(results: Results, task: str, method: str, number: str) -> str:
-    found = results.get(task, method)
-    value = found.numbers.get(number) if found else None
+def _best(results: Results, methods: Sequence[str], column: Column) -> list[str]:
+    """Return a column's cells, the best in bold, the prior aside; equal texts are equally good."""
+    cells = [_cell(results, method, column) for method in methods]
+    ranked = [
+        (value, cell)
+        for method, cell in zip(methods, cells, strict=True)
+        if method != PRIOR and (value := results.number(column.task, method, column.number)) is not None
+    ]
+    if len(ranked) < 2:
+        return cells
+    best = (min if column.lowest else max)(ranked)[1]
+    return [
+        f"**{cell}**" if cell == best and method != PRIOR else cell for method, cell in zip(methods, cells, strict=True)
+    ]
+
+
+def _cell(results: Results, method: str, column: Column) -> str:
+    found = results.get(column.task, method)
+    value = found.numbers.get(column.number) if found else None
     if found is None or value is None:
         return words.ABSENT
-    if number == "alignment":
+    if column.number == "alignment":
         bounds = binomtest(round(value * found.count), found.count).proportion_ci(0.95, method="wilson")
-        return f"{words.share(value)} ({words.share(bounds.low)} .. {words.share(bounds.high)})"
-    return f"{value:.3f}" if number in ("f1", "mae") else words.number(value)
+        return f"{value:.2f} ({bounds.low:.2f} .. {bounds.high:.2f})"
+    return f"{value:.3f}" if column.task == "canny" else words.number(value)
 
 
 def _name(term: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""Numbers and names as the page writes them."""
+"""Numbers and tables as the page writes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def share(value: float | None) -> str:
-    """A share of 1."""
-    return ABSENT if value is None else f"{value:.2f}"
-
-
 def parameters(count: float | None) -> str:
     """A number of parameters: 768, 44K, 859M."""
     if count is None:
@@ -32,24 +27,7 @@ def parameters(count: float | None) -> str:
     return f"{count:.0f}"
 
 
-def weight(value: float) -> str:
-    """A guidance weight."""
-    return f"{value:g}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table; the first column is text, the others are numbers or text too."""
+    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def best(values: Sequence[float | None], texts: Sequence[str], lowest: bool) -> list[str]:
-    """Set the best of a column in bold; equal texts are equally good."""
-    known = [(value, text) for value, text in zip(values, texts, strict=True) if value is not None]
-    if len(known) < 2:
-        return list(texts)
-    winner = (min if lowest else max)(known)[1]
-    return [
-        f"**{text}**" if value is not None and text == winner else text
-        for value, text in zip(values, texts, strict=True)
-    ]

@@ -12,12 +12,14 @@ import comfy.samplers
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
-from . import placing
-from .clones import called
+from . import placing, wrapping
+from .clones import called, identical
 from .failures import width_error
-from .lanes import BASE, covers
+from .keys import measured_from, predicted_from
+from .lanes import BASE, covers, takes
 from .latents import latent_shapes, streams
 
+MANY = 16  # predictions a step
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
 
 
@@ -29,18 +31,22 @@ def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> N
             kind of noise schedule.
     """
     _check_conditioning(f"{node}: unconditional", unconditional, base)
+    _check_no_terms(f"{node}: model", base)
     for scheduled in plan.terms:
         term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
-        if term.model is None and term.conditioning is None:
+        if term.model is None and term.conditioning is None and not term.relative:
             raise GuidanceError(
                 f"{name}: neither model nor conditioning is connected, expected at least one, because without them the "
                 f"term predicts the unconditional itself and changes nothing; connect one."
             )
-        model = base if term.model is None else term.model
+        model, conditioning = predicted_from(base, unconditional, term)
+        _check_no_terms(f"{name}: model", model)
+        _check_no_terms(f"{name}: relative_model", term.relative_model)
         _check_latent_format(name, model, base)
         _check_schedule(name, model, base)
-        conditioning = unconditional if term.conditioning is None else term.conditioning
         _check_conditioning(f"{name}: conditioning", conditioning, model)
+        if term.relative:
+            _check_reference(name, (model, conditioning), measured_from(base, unconditional, term), base)
 
 
 def check_latent(node: str, base: Any, latent_image: Any) -> None:
@@ -138,6 +144,19 @@ def warn_nowhere(plan: GuidancePlan) -> None:
             )
 
 
+def warn_many_evaluations(node: str, count: int) -> None:
+    """Say what a step costs where it is more than anyone would expect."""
+    if count > MANY:
+        logging.warning(
+            "%s: the terms need up to %d predictions at each step, one for every different pair of model and prompt "
+            "and what relative terms are measured from, so a step takes as long as %d of a model without guidance; "
+            "use fewer terms, let them share prompts and models, or place a Guidance Cache.",
+            node,
+            count,
+            count,
+        )
+
+
 def warn_override(terms: int) -> None:
     """Say that a cfg which a wrapper of the sampler's model sets cannot stand for several weights."""
     logging.warning(
@@ -182,6 +201,27 @@ def warn_caches(lanes: Sequence[Any]) -> None:
                 what,
                 name,
             )
+
+
+def _check_no_terms(name: str, model: Any) -> None:
+    if wrapping.carries_terms(model):
+        raise GuidanceError(
+            f"{name} comes from a GCFG Model node, whose terms would count twice or not at all, expected a model "
+            f"without; connect the model in front of that node, and its terms to the GCFG sampler."
+        )
+
+
+def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any], base: Any) -> None:
+    """Refuse what a relative term is measured from where it is not of the family, or is the term's own prediction."""
+    (model, conditioning), (other, prompt) = own, reference
+    _check_latent_format(f"{name}: relative_model", other, base)
+    _check_schedule(f"{name}: relative_model", other, base)
+    _check_conditioning(f"{name}: relative_conditioning", prompt, other)
+    if takes(other, model) and identical(prompt, conditioning):
+        raise GuidanceError(
+            f"{name}: relative_model and relative_conditioning predict what the term itself predicts, so it changes "
+            f"nothing, expected another model or prompt; disconnect them, or connect another one."
+        )
 
 
 def _check_latent_format(name: str, model: Any, base: Any) -> None:

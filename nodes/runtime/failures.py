@@ -37,7 +37,8 @@ def explained(
     if not isinstance(error, _FAILURES) or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
         return None
     conditionings = [(f"{node}: unconditional", unconditional)]
-    conditionings += [(f"Guidance Term '{s.label}': conditioning", s.term.conditioning) for s in plan.terms]
+    for name in ("conditioning", "relative_conditioning"):
+        conditionings += [(f"Guidance Term '{s.label}': {name}", getattr(s.term, name)) for s in plan.terms]
     found = [(name, tensor, options) for name, entries in conditionings for tensor, options in entries or ()]
     said = next(filter(None, (pattern.search(str(error)) for pattern in _WIDTHS_IN_ERRORS)), None)
     widths = None if said is None else (int(said["got"]), int(said["expected"]))

@@ -10,14 +10,14 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.errors import GuidanceError
+from ...gcfg.errors import GuidanceError, short
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.steps import Steps
-from ...gcfg.terms import GuidanceTerm
+from ...gcfg.terms import GuidanceTerm, find_term
 from . import checks, failures, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
-from .keys import Group, first_named, grouped, keyed, lasting_pair, ranged
+from .keys import Group, first_named, grouped, keyed, lasting_pair, measured_from_base, ranged, sources
 from .lanes import BASE, FIRST, PREDICT, Lane
 from .live import Watch
 from .loading import load_lanes
@@ -30,7 +30,7 @@ _OF_STOCK_RUN = ("conds", "inner_model", "loaded_models")  # which stock samplin
 class GCFGGuider(comfy.samplers.CFGGuider):
     """Guider that sums weighted deltas of several models around one unconditional model.
 
-        denoised = D_0 + sum_i w_i (D_i - D_0)          # GCFG, Cao et al. 2023, Eq. 3
+        denoised = D_0 + sum_i w_i (D_i - R_i),   R_i = D_0 unless given        # GCFG, Cao et al. 2023, Eq. 3
 
     Sampling and everything around it stay ComfyUI's; ours are `inner_sample`, where the further models are prepared,
     and `predict_noise`, where they are evaluated.
@@ -60,18 +60,23 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         sampling = model_patcher.get_model_object("model_sampling")
         self.node = node
         self.watch = Watch() if watch is None else watch
+        checks.check_run(node, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
+        terms = measured_from_base(model_patcher, unconditional, terms)
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
-        self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms))
-        checks.check_run(node, model_patcher, unconditional, self.plan)
-        self.groups = grouped(model_patcher, terms)
+        self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
+        self.sources, self.references = sources(model_patcher, unconditional, self.plan)
+        self.looked_at = _looked_at(terms)
+        self.groups = grouped(model_patcher, self.sources)
         self.rules = self._rules()
-        two = lasting_pair([place for place in self.groups[0].terms if place not in self.rules], terms)
+        two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
         if two is not None:
             self.cfg = Weight(terms[two[0]].weight)
-        self.keys = keyed(self.groups, unconditional, terms, two)
+        self.keys = keyed(self.groups, unconditional, self.sources, two)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
-        own = {self.keys[place]: self._conditioning(place) for place in self.groups[0].terms}
+        own: dict[str, Any] = {}
+        for place in self.groups[0].places:
+            own.setdefault(self.keys[place], self._conditioning(place))
         self.inner_set_conds({FIRST: unconditional, BASE: unconditional, **own})
         self.every_cond: dict[str, list[dict]] = self.original_conds
 
@@ -185,11 +190,10 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         return prediction
 
     def _conditioning(self, place: int) -> Any:
-        term = self.plan.terms[place].term
-        found = self.unconditional if term.conditioning is None else term.conditioning
-        if term.weight < 0.0:  # a negative prompt, which the SDXL refiner reads otherwise
-            found = [[tensor, {"prompt_type": "negative", **options}] for tensor, options in found]
-        return found
+        source = self.sources[place]
+        if source.weight < 0.0:  # a negative prompt, which the SDXL refiner reads otherwise
+            return [[tensor, {"prompt_type": "negative", **options}] for tensor, options in source.conditioning]
+        return source.conditioning
 
     def _rules(self) -> dict[int, dict[str, Any]]:
         """What each term's own model has for guidance, which acts on that term."""
@@ -202,6 +206,18 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         }
         return {place: rule for place, rule in found.items() if rule is not None}
 
+    def _relative(self) -> list[str]:
+        """What each term is measured from, in words: the label of the term that predicts it, where there is one."""
+        labels = {self.keys[place]: scheduled.label for place, scheduled in reversed([*enumerate(self.plan.terms)])}
+
+        def said(place: int, term: GuidanceTerm) -> str:
+            if not term.relative:
+                return ""
+            given = [name for name in ("relative_model", "relative_conditioning") if getattr(term, name) is not None]
+            return labels.get(self.keys[self.references[place]], " and ".join(given))
+
+        return [said(place, scheduled.term) for place, scheduled in enumerate(self.plan.terms)]
+
     def _begun(self, levels: Sequence[float], plan: GuidancePlan) -> Run:
         """A run over these noise levels; terms that act at none of them, or nowhere, are not part of it."""
         *steps, last = levels
@@ -209,22 +225,37 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             checks.warn_idle(plan.idle(steps or [last]))
             checks.warn_nowhere(plan)
         used = set(plan.used([*(steps or [last]), last]))
-        own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].terms if place in used))
+        used.update(self.references[place] for place in list(used) if place in self.references)
+        own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
         if not self.quiet:
             checks.warn_caches(lanes)
+            checks.warn_many_evaluations(self.node, sum(len(lane.keys) for lane in lanes))
             checks.warn_settings(lanes)
         conds = {**{key: conds for lane in lanes[1:] for key, conds in lane.conds.items()}, **self.original_conds}
         steps_of_run = Steps(levels)
-        recorder = self.watch.recorder(levels, [term.label for term in plan.terms])
+        recorder = self.watch.recorder(levels, [term.label for term in plan.terms], self._relative())
         outside = placing.functions_in_place()
-        return Run(self.node, plan, self.keys, self.rules, lanes, steps_of_run, outside, ranged(conds), recorder)
+        references = {place: self.keys[other] for place, other in self.references.items()}
+        return Run(
+            self.node,
+            plan,
+            self.keys,
+            references,
+            self.rules,
+            lanes,
+            steps_of_run,
+            outside,
+            self.looked_at,
+            ranged(conds),
+            recorder,
+        )
 
     def _further_lanes(self, used: set[int]) -> list[Lane]:
         """The lanes of the other models, each with weights of its own where it would share what differs."""
-        groups = [(group, [place for place in group.terms if place in used]) for group in self.groups[1:]]
+        groups = [(group, [place for place in group.places if place in used]) for group in self.groups[1:]]
         groups = [(group, places) for group, places in groups if places]
         conds = [self._further_conds(group, places) for group, places in groups]
         patchers = [versions.without_dynamic_hooks(g.patcher, c) for (g, _), c in zip(groups, conds, strict=True)]
@@ -234,15 +265,37 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         for patcher, (_, places), entries in zip(patchers[1:], groups, conds, strict=True):
             keys = list(dict.fromkeys(self.keys[place] for place in places))
             guider = TermGuider(patcher, first_named(entries))
-            guider.cfg = Weight(self.plan.terms[places[0]].term.weight)
-            name = f"Guidance Term '{self.plan.terms[places[0]].label}'"
-            lanes.append(Lane(guider, keys, name, dict(zip(entries, guider.conds, strict=True))))
+            source = self.sources[places[0]]
+            guider.cfg = Weight(abs(source.weight) if source.is_reference else source.weight)
+            lanes.append(Lane(guider, keys, source.name, dict(zip(entries, guider.conds, strict=True))))
         return lanes
 
     def _further_conds(self, group: Group, places: Sequence[int]) -> dict[str, list[dict]]:
         """A group's conditionings; with the unconditional where something of its model looks at it."""
-        conds = {self.keys[place]: comfy.sampler_helpers.convert_cond(self._conditioning(place)) for place in places}
+        conds: dict[str, list[dict]] = {}
+        for place in places:
+            conds.setdefault(self.keys[place], comfy.sampler_helpers.convert_cond(self._conditioning(place)))
         looked_at = any(place in self.rules for place in places) or wants_uncond(group.patcher)
         if looked_at or versions.has_run_wrappers(group.patcher):
             conds[BASE] = comfy.sampler_helpers.convert_cond(self.unconditional)
         return conds
+
+
+def _looked_at(terms: Sequence[GuidanceTerm]) -> dict[str, int]:
+    """The places of the terms that relations look at, by their labels.
+
+    Raises:
+        GuidanceError: if a relation names no term, or the term itself.
+    """
+    found: dict[str, int] = {}
+    for place, term in enumerate(terms):
+        for relation in term.relations:
+            if not relation.against:
+                continue
+            found[relation.against] = find_term(terms, relation.against, "Guidance Relation: against")
+            if found[relation.against] == place:
+                raise GuidanceError(
+                    f"Guidance Relation: against is '{short(relation.against)}', the label of the term that has the "
+                    f"relation, expected another term's; correct it."
+                )
+    return found

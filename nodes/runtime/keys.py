@@ -7,93 +7,169 @@ Predictions of one model make a group, whose conditionings stock code processes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...gcfg.combine import pair
-from ...gcfg.plan import ActiveTerm
+from ...gcfg.guidance_cache import CacheRule
+from ...gcfg.plan import ActiveTerm, GuidancePlan
 from ...gcfg.terms import GuidanceTerm
 from . import versions
 from .clones import identical
 from .lanes import BASE, FIRST, PREDICT, takes
 
 
-@dataclass(eq=False)
-class Group:
-    """Terms whose predictions may share calls.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one prediction is made of.
 
     Attributes:
-        patcher: their model.
-        terms: their places among all terms.
+        patcher: its model.
+        conditioning: its conditioning.
+        name: of its term, for messages.
+        weight: of its term; of a reference, what a term is measured from, the other sign.
+        rule: when the term's delta is carried on; a reference has none.
+        is_reference: whether it is R_i of a term, in place of its D_i.
+        relative: whether its term has such a reference.
     """
 
     patcher: Any
-    terms: list[int] = field(default_factory=list)
+    conditioning: Any
+    name: str
+    weight: float
+    rule: CacheRule | None = None
+    is_reference: bool = False
+    relative: bool = False
 
 
-def grouped(base: Any, terms: Sequence[GuidanceTerm]) -> list[Group]:
-    """The terms by model: those of the sampler's own first, though there may be none."""
+@dataclass(eq=False)
+class Group:
+    """Predictions that may share calls.
+
+    Attributes:
+        patcher: their model.
+        places: their places among all sources.
+    """
+
+    patcher: Any
+    places: list[int] = field(default_factory=list)
+
+
+def sources(base: Any, unconditional: Any, plan: GuidancePlan) -> tuple[list[Source], dict[int, int]]:
+    """What every term is predicted from, in their order, then what the relative terms are measured from.
+
+    Args:
+        base: the sampler's model.
+        unconditional: the sampler's conditioning.
+        plan: all terms.
+
+    Returns:
+        The sources, and the place of the reference of each relative term by the term's place.
+    """
+    found: list[Source] = []
+    references: list[Source] = []
+    places: dict[int, int] = {}
+    for place, scheduled in enumerate(plan.terms):
+        term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
+        model, conditioning = predicted_from(base, unconditional, term)
+        found.append(Source(model, conditioning, name, term.weight, term.cache_rule, relative=term.relative))
+        if term.relative:
+            places[place] = len(plan.terms) + len(references)
+            references.append(Source(*measured_from(base, unconditional, term), name, -term.weight, is_reference=True))
+    return [*found, *references], places
+
+
+def predicted_from(base: Any, unconditional: Any, term: GuidanceTerm) -> tuple[Any, Any]:
+    """The model and the conditioning of D_i."""
+    return base if term.model is None else term.model, unconditional if term.conditioning is None else term.conditioning
+
+
+def measured_from(base: Any, unconditional: Any, term: GuidanceTerm) -> tuple[Any, Any]:
+    """The model and the conditioning of R_i: what is given for it, and the term's own for the rest."""
+    model, conditioning = predicted_from(base, unconditional, term)
+    return (
+        model if term.relative_model is None else term.relative_model,
+        conditioning if term.relative_conditioning is None else term.relative_conditioning,
+    )
+
+
+def measured_from_base(base: Any, unconditional: Any, terms: Sequence[GuidanceTerm]) -> list[GuidanceTerm]:
+    """The terms; one whose reference is the unconditional prediction itself is an ordinary term."""
+
+    def plain(term: GuidanceTerm) -> GuidanceTerm:
+        model, conditioning = measured_from(base, unconditional, term)
+        if not term.relative or not takes(model, base) or not identical(conditioning, unconditional):
+            return term
+        return replace(term, relative_model=None, relative_conditioning=None)
+
+    return [plain(term) for term in terms]
+
+
+def grouped(base: Any, found: Sequence[Source]) -> list[Group]:
+    """The predictions by model: those of the sampler's own first, though there may be none."""
     groups = [Group(base)]
-    for place, term in enumerate(terms):
-        patcher = base if term.model is None else term.model
-        group = next((group for group in groups if _joins(terms, place, patcher, group, group is groups[0])), None)
+    for place, source in enumerate(found):
+        group = next((group for group in groups if _joins(found, source, group, group is groups[0])), None)
         if group is None:
-            group = Group(patcher)
+            group = Group(source.patcher)
             groups.append(group)
-        group.terms.append(place)
+        group.places.append(place)
     return groups
 
 
-def _joins(terms: Sequence[GuidanceTerm], place: int, patcher: Any, group: Group, is_base: bool) -> bool:
-    """Whether a term's prediction may be evaluated with a group's."""
-    if not takes(patcher, group.patcher):
+def _joins(found: Sequence[Source], source: Source, group: Group, is_base: bool) -> bool:
+    """Whether a prediction may be evaluated with a group's."""
+    if not takes(source.patcher, group.patcher):
         return False
     # Wrappers around a whole prediction keep the state of one.
-    held = bool(getattr(patcher, "wrappers", {}).get(PREDICT)) or bool(
-        versions.wrappers(PREDICT, patcher.model_options)
+    held = bool(getattr(source.patcher, "wrappers", {}).get(PREDICT)) or bool(
+        versions.wrappers(PREDICT, source.patcher.model_options)
     )
     alone = not is_base and held
-    return not alone or any(_same_prediction(terms[place], terms[other]) for other in group.terms)
+    return not alone or all(_same_prediction(source, found[other]) for other in group.places)
 
 
-def _same_prediction(a: GuidanceTerm, b: GuidanceTerm) -> bool:
-    return a.cache_rule == b.cache_rule and identical(a.conditioning, b.conditioning)
+def _same_prediction(a: Source, b: Source) -> bool:
+    """Whether one evaluation serves both; of two terms the deltas, which the cache carries on, are not the same."""
+    apart = a.is_reference or b.is_reference or a.relative != b.relative
+    return (apart or a.rule == b.rule) and identical(a.conditioning, b.conditioning)
 
 
 def keyed(
-    groups: Sequence[Group], unconditional: Any, terms: Sequence[GuidanceTerm], two: tuple[int, int] | None
+    groups: Sequence[Group], unconditional: Any, found: Sequence[Source], two: tuple[int, int] | None
 ) -> list[str]:
-    """A name for each term's prediction; equal predictions have one name.
+    """A name for each prediction; equal predictions have one name.
 
     Stock sampling spreads GLIGEN boxes, and ControlNets of the plain "Apply ControlNet" node, from the conditioning
     named "positive" to the others of the same model, so among those of the sampler's model that name goes to the first
-    term that has any.
+    that has any.
 
     Args:
-        groups: the terms by model.
+        groups: the predictions by model.
         unconditional: the sampler's conditioning.
-        terms: all terms.
+        found: what each prediction is made of.
         two: the places of a lasting pair.
     """
-    keys = [f"term_{place + 1}" for place in range(len(terms))]
-    own = groups[0].terms
+    keys = [f"term_{place + 1}" for place in range(len(found))]
+    own = groups[0].places
+    apart = [place for place in own if not identical(found[place].conditioning, unconditional)]
     if two is not None:
         keys[two[0]], keys[two[1]] = FIRST, BASE
         return keys
-    spreading = (place for place in own if any(_spreads(options) for _, options in terms[place].conditioning or []))
+    spreading = (place for place in apart if any(_spreads(options) for _, options in found[place].conditioning))
     first = next(spreading, own[0] if own else None)
     if first is not None:
         keys[first] = FIRST
     for group in groups:
-        for number, place in enumerate(group.terms):
-            conditioning = terms[place].conditioning
-            if group is groups[0] and (conditioning is None or identical(conditioning, unconditional)):
+        for number, place in enumerate(group.places):
+            if group is groups[0] and place not in apart:
                 keys[place] = BASE
                 continue
             # The name "positive" is found first, wherever its term stands.
-            known = sorted(group.terms[:number] + ([first] if first in group.terms else []), key=lambda p: p != first)
-            same = (p for p in known if p != place and keys[p] != BASE and _same_prediction(terms[p], terms[place]))
-            keys[place] = keys[next(same, place)]
+            known = sorted(group.places[:number] + ([first] if first in group.places else []), key=lambda p: p != first)
+            known = [p for p in known if p != place and keys[p] != BASE]
+            unlike = {keys[p] for p in known if not _same_prediction(found[p], found[place])}
+            keys[place] = next((keys[p] for p in known if keys[p] not in unlike), keys[place])
     return keys
 
 
@@ -109,7 +185,13 @@ def lasting_pair(base_terms: Sequence[int], terms: Sequence[GuidanceTerm]) -> tu
     acting = [place for place, term in enumerate(terms) if term.pulls]
     if len(acting) != 2 or not set(acting) <= set(base_terms) or not all(_lasts(terms[place]) for place in acting):
         return None
-    two = pair([ActiveTerm(place, terms[place].weight, None, "") for place in acting])
+    two = pair(
+        [
+            ActiveTerm(place, term.weight, None, "", term.relative, bool(term.relations))
+            for place, term in enumerate(terms)
+            if place in acting
+        ]
+    )
     return None if two is None else (two[0].index, two[1].index)
 
 

@@ -6,9 +6,9 @@ that of the unconditional model, which stock sampling prepares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.samplers
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ FIRST = "positive"
 PREDICT = "predict_noise"  # a kind of wrapper: around a guider's whole prediction
 
 Predictions = dict[str, Tensor]
+
+
+class Around(NamedTuple):
+    """What predictions are measured from.
+
+    Attributes:
+        base: the key of the base: of the unconditional itself, or of a pair's negative term.
+        references: the key of each relative term's prediction, and of the one that it is measured from.
+        terms: the keys of what the terms predict.
+    """
+
+    base: str
+    references: Sequence[tuple[str, str]] = ()
+    terms: Collection[str] = ()
 
 
 def takes(a: Any, b: Any) -> bool:
@@ -105,7 +119,7 @@ class Lane:
 
     def at_work(self) -> AbstractContextManager[None]:
         """Have the module and ComfyUI's functions be this lane's within the block."""
-        return self._moved_in() if self._moves else nullcontext()
+        return self._moved_in() if self._moves or not versions.is_active(self.patcher) else nullcontext()
 
     @contextmanager
     def _moved_in(self) -> Iterator[None]:
@@ -118,44 +132,67 @@ class Lane:
                     versions.activate(previous)
 
     def predictions(
-        self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+        self, keys: Sequence[str], around: Around, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
     ) -> Predictions:
         """Denoised predictions of some of its conditionings, in as few calls as its options allow.
 
         Args:
             keys: which.
-            uncond: the key that counts as the unconditional prediction of a call.
+            around: what each is measured from, which counts as the unconditional prediction of its call.
             x: noisy latents, (B, C, *spatial).
             sigma: (B,), all equal.
             options: the model's options at this step.
             seed: of the run.
         """
         if self.is_wrapped:
-            return self._wrapped(keys[0], uncond, x, sigma, options, seed)
-        return self._plain(keys, uncond, x, sigma, options, seed)
+            return self._wrapped(keys[0], around, x, sigma, options, seed)
+        return self._plain(keys, around, x, sigma, options, seed)
 
     def _plain(
-        self, keys: Sequence[str], uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+        self, keys: Sequence[str], around: Around, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
     ) -> Predictions:
-        terms = [key for key in keys if key != uncond]
-        beside = uncond if uncond in keys else BASE if self._wants_uncond else None
-        if len(terms) > 1 and not self._batches(terms, options):
-            calls = [([key], beside if number == 0 or self.reads_index else None) for number, key in enumerate(terms)]
-        else:
-            calls = [(terms, beside)]
         found: Predictions = {}
-        for together, other in calls:
+        for together, other in self._calls(keys, around, options):
             places = [*together, other] if other is not None else together
-            found.update(zip(places, self._evaluate(together, other, x, sigma, options, seed), strict=True))
+            predictions = self._evaluate(together, other, x, sigma, options, seed)
+            # What is a term's and a reference as well counts as the term's.
+            for key, prediction in zip(places, predictions, strict=True):
+                if key != other or key not in found:
+                    found[key] = prediction
         return {key: found[key] for key in keys}
 
+    def _calls(
+        self, keys: Sequence[str], around: Around, options: dict[str, Any]
+    ) -> list[tuple[list[str], str | None]]:
+        """The calls that evaluate these keys: the conditional ones, and the unconditional one beside them."""
+        uncond = around.base if around.base in keys else BASE if self._wants_uncond else None
+        terms = [key for key in keys if key != around.base]
+        if len(terms) < 2 or self._batches(terms, options):
+            return [(terms, uncond)]
+        # One by one, each beside what it is measured from, as stock guidance evaluates two.
+        pairs = [(key, other) for key, other in around.references if key in terms and other in terms]
+        references = {other for _, other in pairs}
+        terms = [key for key in terms if key in around.terms or key not in references]
+        calls: list[tuple[list[str], str | None]] = []
+        known: set[str | None] = set(terms)
+        for key in terms:
+            for number, other in enumerate([other for own, other in pairs if own == key] or [uncond]):
+                if self.reads_index:  # which has to see both, also where one is known
+                    calls.append(([key], other))
+                elif number == 0 or other not in known:
+                    calls.append(([key] if number == 0 else [], None if other in known else other))
+                known.add(other)
+        if uncond in keys and uncond not in known:
+            calls.append(([], uncond))
+        return calls
+
     def _wrapped(
-        self, key: str, uncond: str, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
+        self, key: str, around: Around, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
     ) -> Predictions:
         """The same inside the wrappers of a further model's own, which know one term's prediction."""
         guider = self.guider
         assert isinstance(guider, TermGuider)
-        guider.predict = lambda x, sigma, options, seed: self._plain([key], uncond, x, sigma, options, seed)[key]
+        guider.predict = lambda x, sigma, options, seed: self._plain([key], around, x, sigma, options, seed)[key]
         return {key: guider(x, sigma, options, seed)}
 
     def _batches(self, terms: Sequence[str], options: dict[str, Any]) -> bool:
@@ -211,32 +248,35 @@ class Lane:
 
 
 def predict(
-    lanes: Sequence[Lane], wanted: dict[str, Tensor], uncond: str, sigma: Tensor, options: dict[str, Any], seed: Any
+    lanes: Sequence[Lane],
+    wanted: Sequence[str],
+    around: Around,
+    x: Tensor,
+    sigma: Tensor,
+    options: dict[str, Any],
+    seed: Any,
 ) -> Predictions:
-    """Denoised predictions at one noise level, each conditioning's at its own latents.
+    """Denoised predictions at one noise level.
 
     Args:
         lanes: all lanes, the unconditional model's first.
-        wanted: noisy latents (B, C, *spatial) by key; keys of one tensor are evaluated together.
-        uncond: the key that counts as unconditional: of the unconditional itself, or of a pair's negative term.
-        sigma: (1,) or more, all equal.
+        wanted: the keys of the predictions.
+        around: what each is measured from.
+        x: noisy latents, (B, C, *spatial).
+        sigma: (B,), all equal.
         options: the sampled model's options at this step.
         seed: of the run.
 
     Returns:
-        A prediction per key, of its latents' shape.
+        A prediction per key, of the latents' shape.
     """
     found: Predictions = {}
     for lane in reversed(lanes):  # the base last: hooks that evaluate the model again find it active
-        latents = {id(wanted[key]): wanted[key] for key in lane.keys if key in wanted}
-        if not latents:
-            continue
-        with lane.at_work():
-            for x in latents.values():
-                together = [key for key in lane.keys if wanted.get(key) is x]
-                sigmas = sigma if len(sigma) == len(x) else sigma[:1].expand(len(x))
-                own = options if lane is lanes[0] else lane.options
-                found.update(lane.predictions(together, uncond, x, sigmas, own, seed))
+        together = [key for key in lane.keys if key in wanted]
+        if together:
+            own = options if lane is lanes[0] else lane.options
+            with lane.at_work():
+                found.update(lane.predictions(together, around, x, sigma, own, seed))
     return found
 
 

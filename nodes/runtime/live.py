@@ -29,12 +29,12 @@ class Watch:
         self.report = GuidanceReport()
         self._sent, self._time = 0, 0.0
 
-    def recorder(self, sigmas: Sequence[float], labels: Sequence[str]) -> Recorder | None:
+    def recorder(self, sigmas: Sequence[float], labels: Sequence[str], relative: Sequence[str]) -> Recorder | None:
         """A recorder for a run that begins, or None if nobody looks."""
         self._sent, self._time = 0, 0.0
         if self.node_id is not None and _editor() is not None:
-            return Recorder(self.report, sigmas, labels, self._send)
-        return Recorder(self.report, sigmas, labels) if self.wanted else None
+            return Recorder(self.report, sigmas, labels, self._send, relative)
+        return Recorder(self.report, sigmas, labels, relative=relative) if self.wanted else None
 
     def end(self, recorder: Recorder | None) -> None:
         """Take the last readings of a run, and send what was not sent yet."""
@@ -51,6 +51,7 @@ class Watch:
         message = {
             "node": self.node_id,
             "labels": list(self.report.labels),
+            "relative": list(self.report.relative),
             "steps": self.report.steps,
             "first": self._sent,
             "readings": [asdict(reading) for reading in news],

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from ...gcfg.combine import Delta
 from ...gcfg.diagnostics import Recorder
-from ...gcfg.plan import ActiveTerm
 from . import hooks
-from .lanes import BASE, Predictions
+from .lanes import Predictions
 from .step import Known, Step
-
-Guided = Sequence[tuple[Tensor, ActiveTerm]]
 
 
 class Readings:
@@ -43,29 +42,41 @@ class Readings:
         self._seen.clear()
         key = self._known.keys[term.index]
         shown = {key: cond} if step.base is None else {key: cond, step.base: uncond}
-        self.take(step, shown, [(cond, term)], x, sigma, denoised)
+        acting = [Delta(shown[self._known.keys[one.index]], one) for one in step.acting]
+        self.take(step, shown, acting, [Delta(cond, term)], x, sigma, denoised)
 
     def take(
-        self, step: Step, predictions: Predictions, guided: Guided, x: Tensor, sigma: Tensor, denoised: Tensor
+        self,
+        step: Step,
+        predictions: Predictions,
+        acting: Sequence[Delta],
+        guided: Sequence[Delta],
+        x: Tensor,
+        sigma: Tensor,
+        denoised: Tensor,
     ) -> None:
         """Measure one evaluation.
 
         Args:
             step: what it was made of.
             predictions: by key.
-            guided: for each term around the base what was added, and its weight.
+            acting: the terms that act, as they were evaluated.
+            guided: those around the base, as they were added.
             x: noisy latent, (B, C, *spatial).
             sigma: (B,).
             denoised: what the sampler gets.
         """
-        keys = self._known.keys
         base = None if step.base is None else predictions[step.base]
-        shown = dict(predictions)
-        for (prediction, _), term in zip(guided, step.around, strict=True):
-            if term.index in self._known.ruled and term.weight and base is not None:  # so that w (D - D_0) is its pull
-                shown[keys[term.index]] = base + (prediction - base) / term.weight
-        outputs = [shown[keys[term.index]] for term in step.acting]
-        # In a pair the name of the unconditional is its negative term's.
-        named = [keys[term.index] for term in step.acting]
-        unconditional = base if step.base == BASE and BASE not in named else None
-        self._recorder.record(x, sigma, unconditional, outputs, step.acting, denoised)
+        changed = {one.term.index: one for one in guided if one.term.related or one.term.index in self._known.ruled}
+
+        def shown(one: Delta) -> Delta:
+            """What rules and relations made of a term, as a prediction whose w m (D - R) is its pull."""
+            measured_from = base if one.reference is None else one.reference
+            made = changed.get(one.term.index)
+            if made is None or measured_from is None or not one.term.weight:
+                return one
+            term = replace(one.term, mask=made.term.mask)  # a relation has it in what it made
+            return Delta(measured_from + (made.prediction - measured_from) / one.term.weight, term, one.reference)
+
+        unconditional = None if step.is_around_a_term else base
+        self._recorder.record(x, sigma, unconditional, [shown(one) for one in acting], denoised)

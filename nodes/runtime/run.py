@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.combine import combine, effective_cond, pair
+from ...gcfg.combine import Delta, pair
 from ...gcfg.diagnostics import Recorder
-from ...gcfg.guidance_cache import DeltaCache, Member
+from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
-from .lanes import BASE, Lane, Predictions, covers, predict
-from .readings import Guided, Readings
+from .lanes import BASE, Around, Lane, Predictions, covers, predict
+from .readings import Readings
 from .step import Known, Step, Terms, decided
+from .summing import Summing
 from .term_guider import TermGuider, Weight
 
 
@@ -29,10 +30,12 @@ class Run:
         node: the node's name, for errors.
         plan: the terms with their weights over the noise levels.
         keys: the key of each term's prediction.
+        references: the key of the prediction that a relative term is measured from, by the term's place.
         rules: the guidance hooks of each term's own model, by the term's place; a term without has no entry.
         lanes: the models, the sampler's own first.
         steps: the run's steps.
         outside: ComfyUI's sampling functions as they stand outside of all models' wrappers.
+        looked_at: the places of the terms that relations look at, by label.
         ranged: keys of conditionings that are limited to a part of the sampling.
         recorder: takes readings, where anybody looks.
         cache: deltas that are carried on, where a term allows it.
@@ -43,18 +46,18 @@ class Run:
     node: str
     plan: GuidancePlan
     keys: Sequence[str]
+    references: Mapping[int, str]
     rules: dict[int, dict[str, Any]]
     lanes: list[Lane]
     steps: Steps
     outside: placing.Functions
+    looked_at: Mapping[str, int]
     ranged: set[str]
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
-        self.cache = self.new_cache()
+        self.cache = DeltaCache(self.steps) if self.plan.caches else None
         self._override_warned = False
-        # Hooks keep things in the options that they are handed, so these are one dict all run long.
-        self._options_of_rules: dict[int, dict[str, Any]] = {}
         self._lane_of = {key: lane for lane in reversed(self.lanes) for key in lane.keys}
 
     def begin(self) -> None:
@@ -64,17 +67,16 @@ class Run:
         lanes = {place: self._lane_of[key] for place, key in enumerate(self.keys) if key in self._lane_of}
         self.known = Known(
             self.keys,
+            self.references,
             frozenset(place for place, lane in lanes.items() if lane is self.lanes[0]),
             frozenset(place for place, lane in lanes.items() if place in self.rules or lane.own_sampling_function),
             frozenset(place for place, lane in lanes.items() if lane.is_wrapped),
             frozenset(place for place, rule in self.rules.items() if rule.get("disable_cfg1_optimization")),
             lambda a, b: lanes[a] is lanes[b] and hooks.same_hooks(self.rules.get(a), self.rules.get(b)),
         )
+        relations = [scheduled.term.relations for scheduled in self.plan.terms]
+        self._summing = Summing(self.known, self.lanes[0], self._lane_of, self.rules, relations, self.looked_at)
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
-
-    def new_cache(self) -> DeltaCache | None:
-        """An empty cache of deltas, where any term's may be carried on."""
-        return DeltaCache(self.steps) if self.plan.caches else None
 
     def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
         """The guided denoised prediction at one noise level.
@@ -86,88 +88,114 @@ class Run:
             seed: of the run.
             cfg: the guider's, which a wrapper may have set.
         """
-        step = self.step(self.plan, self.cache, sigma, options, cfg)
+        step = self._step(sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
             return self._as_stock(step, x, sigma, options, seed)
-        predictions = predict(self.lanes, dict.fromkeys(step.wanted, x), step.base or BASE, sigma, options, seed)
-        return self.combined(step, predictions, self.cache, x, sigma, options)
+        return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
 
-    def step(
-        self,
-        plan: GuidancePlan,
-        cache: DeltaCache | None,
-        sigma: Tensor,
-        options: dict[str, Any],
-        cfg: float | None = None,
+    def around(self, base: Tensor, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Tensor:
+        """The guidance sum around an unconditional prediction that was made elsewhere.
+
+        Args:
+            base: that prediction, (B, C, *spatial).
+            x: noisy latent, of the same shape.
+            sigma: (B,), all equal.
+            options: the sampled model's options at this step, without its guidance hooks.
+            seed: of the run.
+        """
+        step = self._step(sigma, options, base_is_given=True)
+        if step.is_around_a_term:  # which may have the name of the base
+            return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
+        step = replace(step, wanted=tuple(key for key in step.wanted if key != BASE))
+        predictions = {**self._predicted(step, x, sigma, options, seed), BASE: base}
+        return self._combined(step, predictions, x, sigma, options)
+
+    def _predicted(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Predictions:
+        keys = [self.keys[term.index] for term in step.acting]
+        pairs = [
+            (key, self.references[term.index]) for key, term in zip(keys, step.acting, strict=True) if term.relative
+        ]
+        return predict(self.lanes, step.wanted, Around(step.base or BASE, pairs, keys), x, sigma, options, seed)
+
+    def _step(
+        self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
-        acting = plan.steady if plan.steady is not None and not self.ranged else self._acting(plan, float(sigma[0]))
+        steady = self.plan.steady
+        acting = steady if steady is not None and not self.ranged else self._acting(float(sigma[0]))
         two = None
         if cfg is not None and not isinstance(cfg, Weight):
             acting, two = self._overridden(acting, cfg)
-        eager = bool(options.get("disable_cfg1_optimization"))
+        eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
-        return step if cache is None else self._with_carried_on(step, plan, cache, float(sigma[0]))
+        return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
 
-    def combined(
-        self,
-        step: Step,
-        predictions: Predictions,
-        cache: DeltaCache | None,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
+    def _combined(
+        self, step: Step, predictions: Predictions, x: Tensor, sigma: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The guidance sum of one evaluation, through the guidance hooks of the models, and its reading.
 
         Args:
             step: what it is made of.
-            predictions: of the keys that the step wants.
-            cache: adds those that were carried on.
+            predictions: of the keys that the step wants; the cache adds those that are carried on.
             x: noisy latent, (B, C, *spatial).
             sigma: (B,).
             options: the sampled model's options at this step.
         """
-        if cache is not None:
-            predictions = {**predictions, **cache.complete(predictions)}
+        carried: dict[DeltaName, tuple[Tensor, Tensor | None]] = {}
+        if self.cache is not None:
+            carried = self.cache.complete(predictions)
+            # What is measured from the base comes last: a relative delta that was carried on is no prediction of D_i.
+            known = sorted(carried.items(), key=lambda item: item[0][1] is None)
+            predictions = {**{key: prediction for (key, _), (prediction, _) in known}, **predictions}
         if self.known.wrapped:
             step = self._with_weights_that_wrappers_set(step)
-        guided = [
-            self._by_own_rule(term, step, predictions, x, sigma, options)
-            if term.index in self.known.ruled
-            else (predictions[self.keys[term.index]], term)
-            for term in step.around
-        ]
-        if step.hooked:
-            denoised = self._through_hooks(step, predictions, guided, x, sigma, options)
-        else:
-            denoised = self._sum(step, predictions, guided)
+
+        def delta(term: ActiveTerm) -> Delta:
+            name = self.keys[term.index], self.references[term.index] if term.relative else None
+            prediction, reference = carried.get(name) or (
+                predictions[name[0]],
+                None if name[1] is None else predictions[name[1]],
+            )
+            return Delta(prediction, term, reference)
+
+        acting = [delta(term) for term in step.acting]
+        around = {term.index for term in step.around}
+        own = [one for one in acting if one.term.index in around]
+        guided, denoised = self._summing.of(step, predictions, own, x, sigma, options)
         if self.readings is not None:
-            self.readings.take(step, predictions, guided, x, sigma, denoised)
+            self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, plan: GuidancePlan, sigma: float) -> Terms:
-        """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out."""
+    def _acting(self, sigma: float) -> Terms:
+        """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
+
+        So is one that is measured from such a prediction.
+        """
 
         def takes_part(key: str) -> bool:
             return key not in self.ranged or covers(self._lane_of[key].conds[key], sigma)
 
-        return tuple(term for term in plan.active(sigma) if takes_part(self.keys[term.index]))
+        def keys(term: ActiveTerm) -> list[str]:
+            return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-    def _with_carried_on(self, step: Step, plan: GuidancePlan, cache: DeltaCache, sigma: float) -> Step:
+        return tuple(term for term in self.plan.active(sigma) if all(map(takes_part, keys(term))))
+
+    def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""
         base = step.base or self.keys[step.acting[0].index]
         members = []
         for term in step.acting:
-            scheduled, key = plan.terms[term.index], self.keys[term.index]
-            if key != base:
-                apart = term.index not in self.known.on_base
-                members.append(Member(key, term.weight, scheduled.term.cache_rule, scheduled.caches_at(sigma), apart))
-        known = {base, *(self.keys[term.index] for term in step.acting)}
+            scheduled, key = self.plan.terms[term.index], self.keys[term.index]
+            if key != base or term.relative:
+                apart, reference = term.index not in self.known.on_base, self.references.get(term.index)
+                rule, inside = scheduled.term.cache_rule, scheduled.caches_at(sigma)
+                members.append(Member(key, term.weight, rule, inside, apart, reference))
+        known = {base, *(key for member in members for key in member.keys)}
         beside = [key for key in step.wanted if key not in known]  # what hooks look at
-        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma), *beside])))
+        return replace(step, wanted=tuple(dict.fromkeys([*cache.wanted(base, members, sigma, base_is_given), *beside])))
 
     def _overridden(self, acting: Terms, cfg: float) -> tuple[Terms, Terms | None]:
         """The terms with the weight that a wrapper of the sampler's model set as the guider's `cfg` (CFG Override).
@@ -202,16 +230,9 @@ class Run:
 
         return replace(step, acting=tuple(map(own, step.acting)), around=tuple(map(own, step.around)))
 
-    def _is_single(self, step: Step) -> bool:
-        """Whether it is stock guidance of the sampler's own model: one conditional prediction without a rule."""
-        if len(step.around) != 1:
-            return False
-        (term,) = step.around
-        return term.mask is None and term.index in self.known.on_base and term.index not in self.known.ruled
-
     def _is_stock(self, step: Step) -> bool:
         return (
-            self._is_single(step)
+            self.known.is_single(step.around)
             and (step.base is None or step.base in self.lanes[0].keys)
             and step.base != self.keys[step.around[0].index]
         )
@@ -232,84 +253,3 @@ class Run:
         if self.readings is not None:
             self.readings.take_seen(step, x, sigma, denoised)
         return denoised
-
-    def _by_own_rule(
-        self,
-        term: ActiveTerm,
-        step: Step,
-        predictions: Predictions,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, ActiveTerm]:
-        """What hooks of a term's own model make of its prediction, H(D_0, D_i, w_i); its weight is in it."""
-        key = self.keys[term.index]
-        prediction, lane = predictions[key], self._lane_of[key]
-        own = hooks.without_hooks(options if lane is self.lanes[0] else lane.options)
-        own.pop("sampler_calc_cond_batch_function", None)  # the predictions are made already
-        kept = self._options_of_rules.setdefault(term.index, {})
-        kept.update({**own, **self.rules.get(term.index, {})})
-        uncond = step.base if step.base in lane.keys else BASE
-        base = None if step.base is None else predictions[step.base]
-        at = hooks.Situation(
-            lane.patcher.model,
-            kept,
-            x,
-            sigma,
-            lane.conds[key],
-            None if base is None else lane.conds.get(uncond),
-        )
-        with lane.at_work():
-            # Copies, since hooks may write into what they are given, and others measure from the same base.
-            guide = hooks.guided
-            if placing.is_replaced(comfy.samplers.sampling_function):
-                guide = placing.guided_by_sampling_function
-            return guide(at, prediction.clone(), None if base is None else base.clone(), term.weight), replace(
-                term, weight=1.0
-            )
-
-    def _sum(self, step: Step, predictions: Predictions, guided: Guided) -> Tensor:
-        if len(guided) == 1 and guided[0][1].mask is None and step.around[0].index in self.known.ruled:
-            return guided[0][0]  # the rule's own result, to the last bit
-        base = None if step.base is None else predictions[step.base]
-        if base is not None and not guided:
-            return base
-        return combine(base, [prediction for prediction, _ in guided], [term for _, term in guided])
-
-    def _through_hooks(
-        self,
-        step: Step,
-        predictions: Predictions,
-        guided: Guided,
-        x: Tensor,
-        sigma: Tensor,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The sum through the hooks of the sampler's model."""
-        lane = self.lanes[0]
-        key = self._key_for_hooks(step)
-        uncond = step.base if step.base is None or step.base in lane.keys else BASE
-        at = hooks.Situation(
-            lane.patcher.model, options, x, sigma, lane.conds[key], None if uncond is None else lane.conds[uncond]
-        )
-        predictions = {key: prediction.clone() for key, prediction in predictions.items()}  # hooks may write into them
-        base = None if step.base is None else predictions[step.base]
-        if self._is_single(step):
-            return hooks.guided(at, predictions[key], base, step.around[0].weight)
-        weight = total_weight(step.around)
-
-        def effective() -> tuple[Tensor, float]:
-            assert base is not None  # `step` sees to it where hooks are
-            return effective_cond(base, [p for p, _ in guided], [term for _, term in guided], weight)
-
-        return hooks.guided_sum(
-            at, lambda: self._sum(step, predictions, guided), effective, weight, predictions[key], base
-        )
-
-    def _key_for_hooks(self, step: Step) -> str:
-        """What a hook may evaluate again: the heaviest term on the sampled model, else the unconditional."""
-        on_base = [term for term in step.acting if term.index in self.known.on_base]
-        on_base = [term for term in on_base if self.keys[term.index] != step.base] or on_base
-        if not on_base:
-            return BASE
-        return self.keys[max(on_base, key=lambda term: abs(term.weight)).index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...gcfg.combine import base_index, pair
@@ -30,6 +30,11 @@ class Step:
     wanted: tuple[str, ...]
     hooked: bool
 
+    @property
+    def is_around_a_term(self) -> bool:
+        """Whether the base is the prediction of one of the terms, and not the unconditional one."""
+        return len(self.around) < len(self.acting)
+
 
 @dataclass(frozen=True, eq=False)
 class Known:
@@ -37,6 +42,7 @@ class Known:
 
     Attributes:
         keys: the key of each term's prediction.
+        references: the key of the prediction that a relative term is measured from, by the term's place.
         on_base: terms that the sampler's model predicts, in the sampler's way.
         ruled: terms on whose delta something of their own model acts.
         wrapped: terms around whose prediction stand wrappers of their own model, which may change their weight.
@@ -45,11 +51,20 @@ class Known:
     """
 
     keys: Sequence[str]
+    references: Mapping[int, str]
     on_base: frozenset[int]
     ruled: frozenset[int]
     wrapped: frozenset[int]
     eager: frozenset[int]
     alike: Callable[[int, int], bool]
+
+    def is_single(self, around: Terms) -> bool:
+        """Whether these are stock guidance of the sampler's own model: one conditional prediction without a rule."""
+        if len(around) != 1:
+            return False
+        (term,) = around
+        plain = term.mask is None and not term.relative and not term.related
+        return plain and term.index in self.on_base and term.index not in self.ruled
 
 
 def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms | None = None) -> Step:
@@ -63,18 +78,20 @@ def decided(acting: Terms, known: Known, hooked: bool, eager: bool, two: Terms |
         two: the positive and the negative of a pair, where that is known already.
     """
     places = [term.index for term in acting]
+    around_base = {term.index for term in acting if not term.relative}
     keys = dict.fromkeys(known.keys[place] for place in places)
+    keys.update(dict.fromkeys(known.references[term.index] for term in acting if term.relative))
     two = None if known.wrapped.intersection(places) else two or pair(acting)
     if two is not None and (two[1].index not in known.ruled or known.alike(two[0].index, two[1].index)):
         # Stock guidance with a negative prompt. Hooks of a model that predicts neither look at the unconditional.
         beside = (BASE,) if hooked and known.on_base.isdisjoint(places) else ()
         return Step(acting, known.keys[two[1].index], two[:1], (*keys, *beside), hooked)
     if len(acting) == 1:
-        stock = places[0] in known.on_base and places[0] not in known.ruled
+        stock = places[0] in known.on_base and places[0] not in known.ruled and not acting[0].relative
         own = places[0] in known.eager or (hooked and not stock)
     else:
-        own = hooked or bool(known.ruled.intersection(places))
-    if own or eager or not acting or known.wrapped.intersection(places) or needs_base(acting):
+        own = hooked or bool(known.ruled & around_base)
+    if own or eager or not acting or known.wrapped & around_base or needs_base(acting):
         return Step(acting, BASE, acting, tuple({**keys, BASE: None}), hooked)
     if len(acting) == 1:
         return Step(acting, None, acting, tuple(keys), hooked)

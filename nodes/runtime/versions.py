@@ -126,6 +126,14 @@ def drop_wrappers(kind: str, options: dict[str, Any], other: dict[str, Any]) -> 
         named[name] = [wrapper for wrapper in found if id(wrapper) not in theirs]
 
 
+def drop_run_wrappers(patcher: Any) -> None:
+    """Take the wrappers around a run, its preparation and its sampler out of a patcher that nobody else has."""
+    options = patcher.model_options.get("transformer_options", {})
+    for kind in ("outer_sample", "prepare_sampling", "sampler_sample"):
+        patcher.wrappers.pop(kind, None)
+        options.get("wrappers", {}).pop(kind, None)
+
+
 def wrapped(kind: str, options: dict[str, Any], function: Any, owner: Any = None) -> Any:
     """The function inside the wrappers of that kind, as stock sampling calls it.
 
@@ -213,6 +221,11 @@ def activate(patcher: Any) -> Any:
         previous.patch_hooks(None)
     patcher.model.current_patcher = patcher
     return previous
+
+
+def is_active(patcher: Any) -> bool:
+    """Whether this patcher is the one that its module evaluates with."""
+    return not HAS_HOOKS or patcher.model.current_patcher is patcher
 
 
 def progress_bar_disabled() -> bool:

@@ -19,6 +19,7 @@ from .clones import called, identical
 from .lanes import Lane
 
 OUTER, SAMPLER = "outer_sample", "sampler_sample"  # kinds of wrappers: around a run, around the sampler in it
+TERMS = "gcfg_model"  # the name of GCFG Model's own among the former
 # The arguments that stock sampling gives them, and whether a further model's wrapper may exchange one.
 _ARGUMENTS = {
     OUTER: ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"),
@@ -34,6 +35,11 @@ _ARGUMENTS = {
     ),
 }
 _OWN = {"callback", "disable_pbar", "model_wrap", "extra_args"}
+
+
+def carries_terms(model: Any) -> bool:
+    """Whether a GCFG Model node put terms on this model, or on one that it was cloned from."""
+    return TERMS in getattr(model, "wrappers", {}).get(OUTER, {})
 
 
 def within(

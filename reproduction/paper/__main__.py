@@ -22,7 +22,7 @@ def paper(
     stages: Annotated[Path | None, typer.Option(help="JSON file {stage: seconds}, for the page.")] = None,
 ) -> None:
     """Write the page of an evaluation's stored results with the paper's numbers, verdicts and limits."""
-    from ...evaluation.report import report
+    from ...evaluation.report.folder import report
     from .page import draw_tradeoff, page_text
 
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-from ...evaluation.config import PRIOR
+from ...evaluation.config import METHODS
+from ...evaluation.recipe import PRIOR
 from ...evaluation.report import words
-from ...evaluation.report.stored import METHODS, Result, Results
+from ...evaluation.results import Result, Results, Sweep
 from .numbers import DREAMBOOTH, OURS, PAPER, TEXTUAL_INVERSION
 
 KEPT_ALIGNMENT = 0.1  # below the prior's, that a method may lose and still count as controllable
@@ -59,7 +60,7 @@ def claims(results: Results) -> list[Claim]:
 def claims_table(claims: Sequence[Claim]) -> str:
     """Return statements, their rules, the numbers and the verdict as a table."""
     rows = [[claim.statement, claim.rule, claim.here, claim.paper, claim.verdict] for claim in claims]
-    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows).replace("---:", "---")
+    return words.table(["statement", "rule", "here", "*paper*", "verdict"], rows, numbers=False)
 
 
 def _not_measured(statement: str) -> Claim:
@@ -75,15 +76,23 @@ def _lowest_controllable(results: Results, task: str, images: str) -> Claim:
         return Claim(statement, rule, words.ABSENT, words.ABSENT, None)
     least = prior - KEPT_ALIGNMENT - 1e-9  # both are shares of a count
     if aligned[OURS] < least:
-        here = f"ours keeps {words.share(aligned[OURS])}, the prior {words.share(prior)}"
+        here = f"ours keeps {aligned[OURS]:.2f}, the prior {prior:.2f}"
         return Claim(statement, rule, here, words.ABSENT, False)
     fids = _numbers(results, task, "fid")
-    rivals = {name: fids[name] for name in fids if name != OURS and aligned.get(name, -1.0) >= least}
-    if not rivals:
+    kept = {name: fids[name] for name in fids if name == OURS or aligned.get(name, -1.0) >= least}
+    if len(kept) < 2:
         return Claim(statement, rule, "no other method keeps control", words.ABSENT, True)
-    rival = min(rivals, key=lambda name: rivals[name])
-    here = f"{words.number(ours)}; next: {results.title(rival)} {words.number(rivals[rival])}"
-    return Claim(statement, rule, here, words.ABSENT, ours < rivals[rival])
+    here, lower = _against_rest(results, kept, OURS)
+    return Claim(statement, rule, here, words.ABSENT, lower)
+
+
+def _against_rest(
+    results: Results, values: Mapping[str, float], method: str, write: Callable[[float], str] = words.number
+) -> tuple[str, bool]:
+    """Return a method's number beside the lowest of all others, in words, and whether it is lower."""
+    rival = min((name for name in values if name != method), key=lambda name: values[name])
+    here = f"{write(values[method])}; next: {results.title(rival)} {write(values[rival])}"
+    return here, values[method] < values[rival]
 
 
 def drift_pairs(results: Results) -> list[tuple[Result, Result]]:
@@ -138,31 +147,28 @@ def _lowest_of_all(results: Results) -> Claim | None:
     fids = {name: value for name, value in _numbers(results, "fid", "fid").items() if name != PRIOR}
     if OURS not in fids or len(fids) < 2:
         return None
-    ours = fids.pop(OURS)
-    rival = min(fids, key=lambda name: fids[name])
+    here, lower = _against_rest(results, fids, OURS)
     return Claim(
         "Ours has the lowest FID of all personalization methods (Table 1).",
         "lowest FID of unconditional images",
-        f"{words.number(ours)}; next: {results.title(rival)} {words.number(fids[rival])}",
+        here,
         "6.57; next: DreamBooth 12.37",
-        ours < fids[rival],
+        lower,
     )
 
 
 def _inversion_aligns(results: Results) -> Claim | None:
-    aligned = _numbers(results, "alignment", "alignment")
+    aligned, fids = (_numbers(results, "alignment", name) for name in ("alignment", "fid"))
     if not {OURS, TEXTUAL_INVERSION} <= set(aligned):
         return None
+    theirs, ours = TEXTUAL_INVERSION, OURS
     return Claim(
         "Textual Inversion follows the text better than ours, at the cost of FID (Table 2).",
         "higher alignment and higher FID of text-guided images",
-        f"alignment {words.share(aligned[TEXTUAL_INVERSION])} against {words.share(aligned[OURS])}, "
-        f"FID {words.number(results.number('alignment', TEXTUAL_INVERSION, 'fid'))} against "
-        f"{words.number(results.number('alignment', OURS, 'fid'))}",
+        f"alignment {aligned[theirs]:.2f} against {aligned[ours]:.2f}, "
+        f"FID {words.number(fids[theirs])} against {words.number(fids[ours])}",
         "alignment 0.97 against 0.89",
-        aligned[TEXTUAL_INVERSION] > aligned[OURS]
-        and (results.number("alignment", TEXTUAL_INVERSION, "fid") or 0)
-        > (results.number("alignment", OURS, "fid") or 0),
+        aligned[theirs] > aligned[ours] and fids[theirs] > fids[ours],
     )
 
 
@@ -170,14 +176,13 @@ def _dreambooth_loses(results: Results) -> Claim | None:
     aligned = {name: value for name, value in _numbers(results, "alignment", "alignment").items() if name in PAPER}
     if DREAMBOOTH not in aligned or len(aligned) < 2:
         return None
-    booth = aligned.pop(DREAMBOOTH)
-    rival = min(aligned, key=lambda name: aligned[name])
+    here, lower = _against_rest(results, aligned, DREAMBOOTH, "{:.2f}".format)
     return Claim(
         "DreamBooth loses control: it follows the text worst of the paper's methods (Table 2).",
         "lowest alignment",
-        f"{words.share(booth)}; next: {results.title(rival)} {words.share(aligned[rival])}",
+        here,
         "0.24; next: Custom Diffusion 0.74",
-        booth < aligned[rival],
+        lower,
     )
 
 
@@ -234,7 +239,7 @@ def _plane(results: Results) -> Iterator[Claim]:
             )
 
 
-def plane_axes(sweep: Result) -> tuple[int, int]:
+def plane_axes(sweep: Sweep) -> tuple[int, int]:
     """Return the places of the control weight and the concept weight in a sweep's pairs: control is what reads text."""
     lists = [place for place, term in enumerate(sweep.recipe["terms"]) if isinstance(term["weight"], list)]
     prompted = [bool(sweep.recipe["terms"][place]["prompt"]) for place in lists]

@@ -16,6 +16,7 @@ class PaperRow:
     """A method's row in both tables.
 
     Attributes:
+        title: the method's name.
         parameters: that were trained, as the paper writes them.
         fid_face: on FFHQ.
         fid_animal: on AFHQv2.
@@ -23,6 +24,7 @@ class PaperRow:
         discrepancy: of the edges of spatially guided images.
     """
 
+    title: str
     parameters: str
     fid_face: float
     fid_animal: float
@@ -37,18 +39,11 @@ class PaperRow:
 
 
 PAPER = {
-    TEXTUAL_INVERSION: PaperRow("<1K", 70.62, 44.75, 0.97, 0.22),
-    DREAMBOOTH: PaperRow("859M", 12.37, 23.92, 0.24, 0.22),
-    "custom_diffusion": PaperRow("44M", 40.98, 49.98, 0.74, 0.20),
-    "oft": PaperRow("23M", 27.50, 38.74, 0.77, 0.21),
-    OURS: PaperRow("859M", 6.57, 18.82, 0.89, 0.20),
-}
-TITLES = {
-    TEXTUAL_INVERSION: "Textual Inversion",
-    DREAMBOOTH: "DreamBooth",
-    "custom_diffusion": "Custom Diffusion",
-    "oft": "OFT",
-    OURS: "Ours",
+    TEXTUAL_INVERSION: PaperRow("Textual Inversion", "<1K", 70.62, 44.75, 0.97, 0.22),
+    DREAMBOOTH: PaperRow("DreamBooth", "859M", 12.37, 23.92, 0.24, 0.22),
+    "custom_diffusion": PaperRow("Custom Diffusion", "44M", 40.98, 49.98, 0.74, 0.20),
+    "oft": PaperRow("OFT", "23M", 27.50, 38.74, 0.77, 0.21),
+    OURS: PaperRow("Ours", "859M", 6.57, 18.82, 0.89, 0.20),
 }
 # The columns beside one's own, {heading: {method: cell}}.
 TABLE_1 = {

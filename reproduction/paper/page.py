@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ...evaluation.report import Experiment, page
-from ...evaluation.report.plots import draw_panels, tradeoff_points
-from ...evaluation.report.stored import METHODS, Results
+from ...evaluation.config import METHODS
+from ...evaluation.report import page
+from ...evaluation.report.pictures import draw_panels, tradeoff_points
+from ...evaluation.results import Results
 from .claims import claims, claims_table, drift_pairs
 from .limits import limits
-from .numbers import OURS, PAPER, STYLEGAN, TABLE_1, TABLE_2, TITLES
+from .numbers import OURS, PAPER, STYLEGAN, TABLE_1, TABLE_2
 
 # Heading and explanation of the ablations that the paper has; any other group is told by its name.
 _GROUPS = {
@@ -36,9 +35,8 @@ _GROUPS = {
 }
 
 
-def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folder: str) -> str:
-    """Return the page in Markdown; see `evaluation.report.page_text` for the arguments."""
-    results = Results(stored)
+def page_text(results: Results, experiment: page.Experiment, folder: str) -> str:
+    """Return the page in Markdown; see `evaluation.report.page.page_text` for the arguments."""
     return page.joined(
         page.introduction(experiment),
         _introduction(folder),
@@ -63,7 +61,7 @@ def page_text(stored: Sequence[Mapping[str, Any]], experiment: Experiment, folde
 def draw_tradeoff(results: Results, path: Path) -> None:
     """Fidelity against control (Fig. 9), beside the paper's own numbers for faces."""
     theirs = [
-        (TITLES[name], row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
+        (row.title, row.fid_face, row.alignment, row.parameter_count, name == OURS) for name, row in PAPER.items()
     ]
     draw_panels({"here": tradeoff_points(results, marked=OURS), "the paper, faces": theirs}, path)
 

@@ -28,10 +28,10 @@ RUN = ["cold run", "warm run", "cold / warm", "peak memory, cold", "loads per mo
 WHOLE = ["/ stock KSampler", "the calls' noise cancelled", "error of the result"]
 COLUMNS = {
     "imports": {"import of the pack into ComfyUI": ["time"], "the same at its very first start": ["time"]},
-    "peak": {PEAK: ["peak / (weights + activations)", "peak", "peak while loading", "weights", "activations"]},
+    "peak": {PEAK: ["peak / (weights + activations)", "peak", "weights", "activations"]},
     "clones": {
-        CLONE: ["time", "/ second load", "error of a step", "memory", "parameters of its own"],
-        AGAIN: ["time", "memory", "parameters of its own"],
+        CLONE: ["time", "/ second load", "error of a step", "memory"],
+        AGAIN: ["time", "memory"],
         "clone that shares its module (without us)": ["error of a step"],
     },
     "ksampler": {case: WHOLE for case in ("GCFG, one term", "GCFG, terms w and 1 - w")},

@@ -42,7 +42,7 @@ def test_a_short_run(reuse, tmp_path):
     from comfyui_gcfg.benchmarks.cases import CACHED, FULL
 
     every_2, every_4 = (case for case in CACHED if case.text in ("every 2 (the node's defaults)", "every 4"))
-    bench = Bench(tmp_path, tmp_path, "sd15", 64, None, 1, cpu=True)
+    bench = Bench("sd15", 64, None, 1, cpu=True, folder=str(tmp_path), output=str(tmp_path))
     with torch.inference_mode():
         made = list(reuse.figures(bench, (FULL, every_2, every_4), 4))
     rows = {(figure.row, figure.column): figure for figure in made}

@@ -1,10 +1,11 @@
 """The training benchmark: its rows agree with what was measured, and its loops do the work they stand for."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_gcfg.benchmarks import training, training_files, training_loops
+from comfyui_gcfg.benchmarks.bench import Bench
 from comfyui_gcfg.testkit.errors import CommandError
 from comfyui_gcfg.training.prior.model import open_prior
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,9 +20,7 @@ def folder(tmp_path_factory):
 
 
 def bench(folder, layout="sd15"):
-    return SimpleNamespace(
-        layout=layout, folder=folder, size=64, batch=None, repeats=1, threads=1, cpu=True, cpu_time=False
-    )
+    return Bench(layout, 64, None, 1, cpu=True, folder=str(folder))
 
 
 def test_a_small_run_reports_every_row(folder, monkeypatch):
@@ -84,9 +83,8 @@ def test_the_peer_does_all_of_its_work_in_every_step(folder, monkeypatch):
             return _original(self, x, *args, **kwargs)
 
         monkeypatch.setattr(kind, name, counted)
-    checkpoint = training_files.make_checkpoint(folder, "sd15")
-    setting = training_loops.Setting(checkpoint, 64, BATCH, "fp32")
-    with training_loops.theirs(setting, "sd15", fused=False) as step:
+    checkpoint = training_files.make_checkpoint(bench(folder))
+    with training_loops.theirs(replace(bench(folder), batch=BATCH), "fp32", fused=False) as step:
         step()
     assert sorted(calls, key=str) == sorted(
         [(AutoencoderKL, BATCH), (CLIPTextModel, BATCH), (UNet2DConditionModel, BATCH)], key=str

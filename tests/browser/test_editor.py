@@ -148,6 +148,20 @@ def test_sockets_grow_shrink_and_are_named(editor, add, connect):
     assert links[0] == links[1] == "#e0a03c"
 
 
+def test_sockets_are_named_through_the_nodes_between(editor, add, connect):
+    left, right, rest = (add("GCFGGuidanceTerm", 100, 300 * i, label=name) for i, name in enumerate(("l", "r", "bg")))
+    regions, relation = add("GCFGRegionTerms", 500, 100), add("GCFGGuidanceRelation", 900, 100)
+    model = add("GCFGModel", 1300, 100)
+    assert editor.evaluate(SOCKETS, model) == ["term_1"]
+    connect(relation, model, "term_1")
+    connect(regions, relation, "terms")
+    connect(left, regions, "regions")
+    connect(rest, regions, "background")
+    assert editor.evaluate(SOCKETS, model) == ["1 l + bg", "term_2"]
+    connect(right, left, "terms")
+    assert editor.evaluate(SOCKETS, model)[0] == "1 r + l + bg"
+
+
 def test_undo_brings_a_link_and_its_socket_back(editor, add, connect):
     def look():
         """The editor remembers the graph after each click."""
@@ -268,6 +282,27 @@ def test_a_chart_of_values_that_are_no_numbers(editor, add):
         "b: weight 1, pull not a number",
         "sum: not a number",
     ]
+
+
+def test_the_chart_tells_what_a_term_is_measured_from(editor, add):
+    """A report of an older version does not say it, nor does one of terms that have nothing but the base."""
+    add("GCFGModel", 300, 200)
+    reading = {"step": 1, "sigma": 14.6, "weights": [2, 1], "pulls": [0.5, 0.25], "total": 0.7, "cosines": [None]}
+    report = {"labels": ["a", "b"], "steps": 2, "readings": [{**reading, "centre": ""}]}
+    told = editor.evaluate(
+        """(report) => {
+            const chart = window.app.graph._nodes[0].gcfgChart;
+            return [report, { ...report, relative: ["", "a"] }].map((shown) => {
+                chart.add({ ...shown, first: 0 });
+                chart.at = 0;
+                chart.tell();
+                return chart.readout.textContent.split("\\n").slice(1, 3);
+            });
+        }""",
+        report,
+    )
+    plain = ["a: weight 2, pull 0.5", "b: weight 1, pull 0.25"]
+    assert told == [plain, [plain[0], plain[1] + ", measured from a"]]
 
 
 def test_a_sampler_in_a_subgraph_has_its_sockets_and_chart(editor, root):

@@ -157,6 +157,7 @@ def test_the_presets_are_there():
         "Concept and Text Guidance (GCFG)",
         "Decoupled Prompt Sampler (GCFG)",
         "Drift Rectification (GCFG)",
+        "Region (GCFG)",
         "Weighted Negative Prompt (GCFG)",
     ]
     ids = [blueprint(name)["definitions"]["subgraphs"][0]["id"] for name in BLUEPRINTS]
@@ -189,8 +190,10 @@ def test_the_blueprint_is_one_node_around_its_graph(name):
         assert (link["target_id"], link["target_slot"]) == (OUTSIDE, slot)
         assert link["type"] == origin["type"] == made["type"]
     # 0.8.0 changes the seed after a run only where both of its widgets are named; it appends the linked others itself.
-    (sampler,) = [str(node["id"]) for node in graph["nodes"] if node["type"] == "GCFGKSampler"]
-    assert host["properties"]["proxyWidgets"] == [[sampler, "seed"], [sampler, "control_after_generate"]]
+    samplers = [str(node["id"]) for node in graph["nodes"] if node["type"] == "GCFGKSampler"]
+    assert host["properties"]["proxyWidgets"] == [
+        [sampler, widget] for sampler in samplers for widget in ("seed", "control_after_generate")
+    ]
 
 
 SOURCES = {
@@ -198,6 +201,7 @@ SOURCES = {
     "clip": ("CheckpointLoaderSimple", [model_files.PRIOR], 1),
     "vae": ("CheckpointLoaderSimple", [model_files.PRIOR], 2),
     "latent_image": ("EmptyLatentImage", [64, 64, 1], 0),
+    "mask": ("SolidMask", [1.0, 64, 64], 0),
     "concept_model": ("GCFGLoadConceptUNet", [model_files.CONCEPT, "default"], 0),
     "custom_model": ("CheckpointLoaderSimple", [model_files.CUSTOM], 0),
 }
@@ -240,8 +244,13 @@ def opened(name, object_info):
             links.append(
                 [link[part] for part in ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")]
             )
-        elif link["type"] == "LATENT":
+        elif link["type"] in ("LATENT", "GCFG_TERMS"):
             latent = (by_id[link["origin_id"]], link["origin_slot"])
+            if link["type"] == "GCFG_TERMS":
+                empty = add("CLIPTextEncode", [""], [(source("clip"), "clip")])
+                needed = [(source(name), name) for name in ("model", "latent_image")]
+                wired = [*needed, ((empty, 0), "unconditional"), (latent, "term_1")]
+                latent = (add("GCFGKSampler", [1, "fixed", 2, "euler", "normal", 1.0], wired), 0)
             image = add("VAEDecode", [], [(latent, "samples"), (source("vae"), "vae")])
             add("SaveImage", [name], [((image, 0), "images")])
     return {"nodes": nodes, "links": links}

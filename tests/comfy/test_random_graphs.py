@@ -210,6 +210,16 @@ class Graph:
                 **{"threshold": dice.choice([0.0, 0.4, 10.0]), "extrapolation": dice.choice(["linear", "hold"])},
                 **{"start_percent": 0.0, "end_percent": dice.choice([1.0, 1.0, 0.5]), "align": dice.choice([1.0, 0.9])},
             )
+        elif before and self.chance(0.15):
+            relation = dice.choice(["perpendicular", "limit", "saliency"])
+            against = dice.choice(["", "", *LABELS])
+            node = self.add(
+                "GCFGGuidanceRelation",
+                **{"terms": before, "relation": relation, "against": against, "amount": dice.choice([0.0, 1.0, 2.5])},
+            )
+        elif before and self.chance(0.15):
+            overlap, background = dice.choice(["share", "first on top", "add"]), self.link("GCFG_TERMS", 0.5)
+            node = self.add("GCFGRegionTerms", regions=before, overlap=overlap, background=background)
         else:
             start, end = sorted(dice.choices(PERCENTS, k=2), reverse=self.chance(0.03))
             node = self.add(
@@ -223,6 +233,8 @@ class Graph:
                 **{"mask": self.link("MASK", 0.7), "terms": before, "label": dice.choice(LABELS)},
                 **{"curve": dice.choice(["constant", "constant", "linear", "cosine", "points"]), "end_weight": 1.0},
                 points=dice.choice(POINTS[:3] if self.chance(0.9) else POINTS),
+                relative_model=self.link("MODEL", 0.85),
+                relative_conditioning=self.link("CONDITIONING", 0.85),
             )
         self.keep("GCFG_TERMS", node)
 
@@ -234,9 +246,14 @@ class Graph:
         }
         run = {"steps": dice.choice([1, 1, 2, 2, 3]), "sampler_name": dice.choice(SAMPLERS)}
         run |= {"scheduler": dice.choice(SCHEDULERS), "latent_image": self.link("LATENT")}
-        kind = dice.choice(["KSampler", "KSampler", "Advanced", "Guider", "Sweep"])
+        kind = dice.choice(["KSampler", "KSampler", "Advanced", "Guider", "Sweep", "Model"])
         report = None
-        if kind == "Guider":
+        if kind == "Model":
+            model = report = self.add("GCFGModel", model=inputs["model"], **sockets)
+            texts = {"positive": self.link("CONDITIONING"), "negative": inputs["unconditional"]}
+            run |= {"seed": 1, "denoise": dice.choice([1.0, 0.5]), "cfg": dice.choice([1.0, 0.0, 7.5, 100.0])}
+            node = self.add("KSampler", model=[model, 0], **texts, **run)
+        elif kind == "Guider":
             guider = self.add("GCFGGuider", **inputs, **sockets)
             noise = self.add("RandomNoise", noise_seed=1)
             chosen = self.add("KSamplerSelect", sampler_name=run["sampler_name"])
@@ -263,7 +280,9 @@ class Graph:
             node = report = self.add("GCFGKSampler", **inputs, **sockets, **run, seed=1, denoise=denoise)
         self.add("PreviewImage", images=[self.add("VAEDecode", samples=[node, 0], vae=self.link("VAE")), 0])
         if self.chance(0.4):
-            drawn = self.add("GCFGGuidanceReport", report=[report, 1], latent=[node, 0] if kind == "Guider" else None)
+            drawn = self.add(
+                "GCFGGuidanceReport", report=[report, 1], latent=[node, 0] if kind in ("Guider", "Model") else None
+            )
             self.add("PreviewImage", images=[drawn, 0])
 
 

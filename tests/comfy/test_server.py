@@ -40,10 +40,13 @@ def test_every_node_is_registered(client):
         "GCFGNullTextPatch": (["MODEL"], "Null-Text Patch"),
         "GCFGGuidanceTerm": (["GCFG_TERMS"], "Guidance Term"),
         "GCFGDecoupledPrompt": (["GCFG_TERMS"], "Decoupled Prompt"),
+        "GCFGRegionTerms": (["GCFG_TERMS"], "Region Terms"),
+        "GCFGGuidanceRelation": (["GCFG_TERMS"], "Guidance Relation"),
         "GCFGGuidanceCache": (["GCFG_TERMS"], "Guidance Cache"),
         "GCFGGuider": (["GUIDER", "GCFG_REPORT"], "GCFG Guider"),
         "GCFGKSampler": (["LATENT", "GCFG_REPORT"], "GCFG KSampler"),
         "GCFGKSamplerAdvanced": (["LATENT", "GCFG_REPORT"], "GCFG KSampler (Advanced)"),
+        "GCFGModel": (["MODEL", "GCFG_REPORT"], "GCFG Model"),
         "GCFGWeightSweep": (["IMAGE", "IMAGE", "LATENT"], "Weight Sweep"),
         "GCFGGuidanceReport": (["IMAGE", "STRING", "STRING"], "Guidance Report"),
     }

@@ -200,11 +200,6 @@ def test_a_folder_that_is_there_is_left_alone(page):
     assert {path.name for path in page.iterdir()} == before
 
 
-def test_one_method_is_no_comparison(tmp_path):
-    with pytest.raises(GuidanceError, match=r"A/B test of 'fid' compares 1 method\(s\), expected two or more"):
-        write_page([Trial("fid", "", {"ours": picture(0, "ours")})], tmp_path / "page")
-
-
 def test_the_same_trials_make_the_same_page(page, tmp_path):
     (again := tmp_path / "again").mkdir()
     write_page([*trials(), Trial("alignment", "red three", trials(1)[0].images, picture(0, "oft"))], again / "page")

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation.metrics.alignment import TABLE3, ZeroShot, load_classifier
-from comfyui_gcfg.evaluation.metrics.clip_score import Clip, clip_score, load_clip
+from comfyui_gcfg.evaluation.metrics.alignment import TABLE3, Clip, clip_score, load_classifier, load_clip, zero_shot
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from PIL import Image
 from torch import nn
@@ -72,7 +71,7 @@ def noise():
 
 def test_an_attribute_is_there_where_its_text_is_nearer_than_the_opposite():
     label = "a red thing | a blue thing"
-    holds = ZeroShot(Clip(ColourClip(), colour_words), [label])
+    holds = zero_shot(Clip(ColourClip(), colour_words), [label])
     images = plain("red", "blue", "red", "blue", "blue")
     assert holds(images, label).tolist() == [True, False, True, False, False]
     assert holds(images, label).dtype == torch.bool
@@ -80,7 +79,7 @@ def test_an_attribute_is_there_where_its_text_is_nearer_than_the_opposite():
 
 def test_of_several_opposites_one_is_enough_to_deny():
     two, three = "red | blue", "red | blue | green"
-    holds = ZeroShot(Clip(ColourClip(), colour_words), [two, three])
+    holds = zero_shot(Clip(ColourClip(), colour_words), [two, three])
     image = plain("green")
     image[:, 0] = 100  # more green than red, and no blue
     assert (holds(image, two).item(), holds(image, three).item()) == (True, False)

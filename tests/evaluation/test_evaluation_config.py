@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfyui_gcfg.evaluation.config import TASKS, Config, Term
+from comfyui_gcfg.evaluation.config import TASKS, Config
 from comfyui_gcfg.evaluation.config_file import fields, load_config
 from comfyui_gcfg.evaluation.measures import labelled_prompts
-from comfyui_gcfg.evaluation.run import grid
+from comfyui_gcfg.evaluation.recipe import Term
 from comfyui_gcfg.evaluation.tasks import ALIGNMENT_TOLERANCE
 from comfyui_gcfg.gcfg.errors import GuidanceError
 
@@ -37,6 +37,7 @@ def written(folder, text):
             r"sweep\.recipe has 1 weights that are lists, expected exactly two",
         ),
         ("methods.m.fid.terms = [{weight = []}]", r"methods\.m\.fid\.terms\.0\.weight"),
+        ("diversity.per_prompt = 1", r"'diversity\.per_prompt' is 1"),
         ("preset = 'afhq'", r"'preset' is 'afhq'"),
     ],
 )
@@ -94,7 +95,7 @@ def test_all_combinations_of_the_lists_are_searched():
         .methods["m"]
         .fid
     )
-    assert grid(recipe) == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4)]
+    assert recipe.grid() == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4)]
     assert recipe.searched == (0, 2)
 
 

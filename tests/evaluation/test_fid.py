@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
-from comfyui_gcfg.evaluation.metrics.fid import RealImages, fid, load_extractor
+from comfyui_gcfg.evaluation.metrics.features import RealFeatures, load_extractor
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -29,6 +29,10 @@ class Recall(torch.nn.Module):
 
     def forward(self, images):
         return self.table[images[:, 0, 0, 0].long() + 256 * images[:, 0, 0, 1].long()]
+
+
+def fid(real, fake, extractor):
+    return RealFeatures(real, extractor).fid(fake)
 
 
 def numbered(rows):
@@ -62,7 +66,7 @@ def test_the_value_is_torchmetrics_own():
     peer.update(real, real=True)
     peer.update(fake, real=False)
     # Theirs is rounded to float32 at the end.
-    assert fid(real.split(7), fake.split(11), Moments(), "none") == pytest.approx(peer.compute().item(), rel=1e-6)
+    assert fid(real.split(7), fake.split(11), Moments()) == pytest.approx(peer.compute().item(), rel=1e-6)
 
 
 def test_the_value_is_torch_fidelitys_own():
@@ -73,7 +77,7 @@ def test_the_value_is_torch_fidelitys_own():
         fid_features_to_statistics(table[:400]), fid_features_to_statistics(table[400:]), verbose=False
     )
     rows = torch.arange(900)
-    value = fid(numbered(rows[:400]).split(64), numbered(rows[400:]).split(64), Recall(table), "none")
+    value = fid(numbered(rows[:400]).split(64), numbered(rows[400:]).split(64), Recall(table))
     assert value == pytest.approx(peer["frechet_inception_distance"], rel=1e-9)
 
 
@@ -94,14 +98,14 @@ def test_gaussians_have_their_closed_form():
     expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covariances[0] + covariances[1] - 2 * root)
     table = torch.from_numpy(np.concatenate(sets))
     rows = torch.arange(2 * count)
-    value = fid(numbered(rows[:count]).split(99), numbered(rows[count:]).split(99), Recall(table), "none")
+    value = fid(numbered(rows[:count]).split(99), numbered(rows[count:]).split(99), Recall(table))
     assert value == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_set_of_real_images_serves_many_sets():
-    real = RealImages(pictures(30, 0).split(8), Moments(), "none")
+    real = RealFeatures(pictures(30, 0).split(8), Moments())
     far, near = pictures(30, 1, low=100), pictures(30, 2)
-    apart = [fid(pictures(30, 0).split(8), [images], Moments(), "none") for images in (far, near)]
+    apart = [fid(pictures(30, 0).split(8), [images], Moments()) for images in (far, near)]
     assert [real.fid([far]), real.fid([near]), real.fid([far])] == [*apart, apart[0]]
     assert apart[1] < apart[0]
 
@@ -109,24 +113,24 @@ def test_one_set_of_real_images_serves_many_sets():
 def test_inception_from_a_local_file_has_the_features_of_both_libraries(inception_weights):
     """The resize variants: TensorFlow's is torch-fidelity's, the other torchmetrics'."""
     images = pictures(4, 5, size=80)
-    ours = load_extractor("inception", inception_weights)
     theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(inception_weights))
     peer = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(inception_weights))
-    RealImages([images[:2]], ours, "tensorflow")
+    ours = load_extractor("inception", inception_weights, "tensorflow")
     torch.testing.assert_close(ours(images), theirs(images)[0], rtol=0, atol=0)
-    RealImages([images[:2]], ours, "torchmetrics")
+    ours = load_extractor("inception", inception_weights, "torchmetrics")
     torch.testing.assert_close(ours(images), peer.inception(images), rtol=0, atol=0)
     assert not torch.equal(ours(images), theirs(images)[0])
 
 
 def test_an_extractor_of_ones_own_is_found_by_its_name():
-    network = load_extractor("torch.nn:Identity", None)
+    network = load_extractor("torch.nn:Identity", None, "none")
     assert isinstance(network, torch.nn.Identity)
 
 
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
+        ("torch.nn:Identity", None, "fid.resize is 'torchmetrics', expected 'none' with this fid.extractor"),
         ("inception", None, "fid.extractor_weights is empty, expected torch-fidelity's weights-inception-2015-12-05"),
         ("inception", "words.txt", "fid.extractor_weights is '.*words.txt', expected torch-fidelity's"),
         ("resnet", None, "fid.extractor is 'resnet', expected 'package.module:factory'"),
@@ -139,7 +143,7 @@ def test_an_extractor_of_ones_own_is_found_by_its_name():
 def test_a_wrong_extractor_is_told(tmp_path, name, weights, message):
     (tmp_path / "words.txt").write_text("no weights")
     with pytest.raises(GuidanceError, match=message):
-        load_extractor(name, weights and tmp_path / weights)
+        load_extractor(name, weights and tmp_path / weights, "torchmetrics")
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
@@ -149,27 +153,20 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
     torch.save({"fc.weight": Trap()}, tmp_path / "weights.pth")
     with pytest.raises(GuidanceError, match=r"weights\.pth"):
-        load_extractor("inception", tmp_path / "weights.pth")
+        load_extractor("inception", tmp_path / "weights.pth", "torchmetrics")
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(
-    ("real", "fake", "extractor", "resize", "message"),
+    ("real", "fake", "extractor", "message"),
     [
-        ([], [pictures(2, 0)], Moments(), "none", "fid.images holds no image"),
-        ([pictures(1, 0)], [pictures(2, 0)], Moments(), "none", "fid.images holds one image"),
-        ([pictures(2, 0)], [pictures(1, 0)], Moments(), "none", r"FID of 1 image\(s\).*raise fid.count"),
-        (
-            [pictures(2, 0)],
-            [pictures(2, 0)],
-            Moments(),
-            "torchmetrics",
-            "fid.resize is 'torchmetrics', expected",
-        ),
-        ([pictures(2, 0)], [pictures(2, 0)], torch.nn.Identity(), "none", "features of shape"),
-        ([numbered(torch.arange(2))] * 2, [], Recall(torch.full((9, 2), torch.nan)), "none", "not finite"),
+        ([], [pictures(2, 0)], Moments(), "fid.images holds no image"),
+        ([pictures(1, 0)], [pictures(2, 0)], Moments(), "fid.images holds one image"),
+        ([pictures(2, 0)], [pictures(1, 0)], Moments(), r"FID of 1 image\(s\).*raise fid.count"),
+        ([pictures(2, 0)], [pictures(2, 0)], torch.nn.Identity(), "features of shape"),
+        ([numbered(torch.arange(2))] * 2, [], Recall(torch.full((9, 2), torch.nan)), "not finite"),
     ],
 )
-def test_what_has_no_fid_is_told(real, fake, extractor, resize, message):
+def test_what_has_no_fid_is_told(real, fake, extractor, message):
     with pytest.raises(GuidanceError, match=message):
-        fid(real, fake, extractor, resize)
+        fid(real, fake, extractor)

@@ -4,16 +4,17 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation import texts as texts_module
-from comfyui_gcfg.evaluation.config import Recipe, Term
+from comfyui_gcfg.evaluation import models as networks
 from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.evaluation.models import Models, read_unet, trained_parameters
+from comfyui_gcfg.evaluation.recipe import Recipe, Term
 from comfyui_gcfg.evaluation.sampling import denoiser
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
+from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
 from comfyui_gcfg.training.export import export_unet
-from comfyui_gcfg.training.prior.learned_token import read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
+from comfyui_gcfg.training.prior.text_encoder import Conditions, encode_ids, token_ids
 from comfyui_gcfg.training.sampling import starting_noise
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -79,7 +80,11 @@ def test_a_recipe_becomes_networks_and_what_they_read(models, world, checkpoint)
     word = read_embedding(world / "word.safetensors", "<d>", "word")
 
     def text(prompt, word=None):
-        return prior.encode_prompt(prompt, None, tokenizer, word).tokens
+        if word is None:
+            return prior.encode_prompt(prompt, None, tokenizer).context
+        model = prior.load_text_model()
+        add_word(model, word, "word")
+        return encode_ids([model], prior.family, token_ids(prompt, tokenizer, word.text)).context
 
     concept, prompted, tuned, worded = guidance.terms
     assert guidance.weights == (1.0, 2.0, 3.0, 4.0)
@@ -97,13 +102,13 @@ def test_a_recipe_becomes_networks_and_what_they_read(models, world, checkpoint)
 def test_each_prompt_is_encoded_once_by_an_encoder_read_once(models, monkeypatch):
     calls = {"load_text_models": 0, "encode_ids": 0}
     for name in calls:
-        original = getattr(texts_module, name)
+        original = getattr(networks, name)
 
         def counted(*args, name=name, original=original):
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(texts_module, name, counted)
+        monkeypatch.setattr(networks, name, counted)
     recipe = Recipe(terms=(Term(prompt="{prompt}"), Term(model="tuned", prompt="{prompt}")))
     first = models.guidance(recipe, (1.0, 1.0), "a b")
     second = models.guidance(recipe, (2.0, 1.0), "a b")
@@ -225,7 +230,7 @@ def test_sdxls_pooled_text_and_sizes_reach_every_network(evaluation_config, sdxl
             network(
                 x,
                 times,
-                text.tokens.expand(2, -1, -1),
+                text.context.expand(2, -1, -1),
                 added_cond_kwargs={
                     "text_embeds": text.pooled.expand(2, -1),
                     "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]] * 2),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from comfyui_gcfg.command.main import app
 from comfyui_gcfg.evaluation import generation
-from comfyui_gcfg.evaluation.config import Recipe, SamplingConfig
+from comfyui_gcfg.evaluation.config import SamplingConfig
 from comfyui_gcfg.evaluation.images import Shard, read_shard, seconds_of, shards, write_shard
+from comfyui_gcfg.evaluation.recipe import Recipe
 from comfyui_gcfg.testkit.processes import torchrun
 from filelock import FileLock
 from typer.testing import CliRunner

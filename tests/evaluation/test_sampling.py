@@ -4,11 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from comfyui_gcfg.evaluation.sampling import Control, Guidance, Predictor, decode, denoiser, take_hints
+from comfyui_gcfg.evaluation.sampling import Guidance, Predictor, controlled, decode, denoiser, take_hints
 from comfyui_gcfg.training.attention import SharedPromptAttention, share_prompts
-from comfyui_gcfg.training.concept import Conditions, predict
+from comfyui_gcfg.training.concept import predict
 from comfyui_gcfg.training.objective import Objective
-from comfyui_gcfg.training.samples import decode as decode_one_by_one
+from comfyui_gcfg.training.prior.text_encoder import Conditions
+from comfyui_gcfg.training.sampling import decode as decode_one_by_one
 from comfyui_gcfg.training.sampling import sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
@@ -123,7 +124,7 @@ def test_a_controlnet_beside_the_pipelines_way(tiny_unet, controlnet):
     guidance = Guidance(Predictor(tiny_unet, texts[0], texts[1]), (Predictor(tiny_unet, texts[1], texts[1]),), (2.0,))
     objective = Objective.of("eps")
     with torch.inference_mode():
-        found = denoiser(guidance, objective, Control(stripped, layers(condition)))(x, times)
+        found = denoiser(guidance, objective, controlled(stripped, layers(condition)))(x, times)
         outputs = []
         for text in texts:
             down, middle = controlnet(

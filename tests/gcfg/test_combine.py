@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.combine import ShapeError, combine, effective_cond, pair
+from comfyui_gcfg.gcfg.combine import Delta, ShapeError, combine, effective_cond, pair
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import ActiveTerm
 from hypothesis import example, given, settings
@@ -14,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def active(weight, index=0, mask=None, label="1"):
     return ActiveTerm(index, weight, mask, label)
+
+
+def guided(predictions, terms):
+    return [Delta(prediction, term) for prediction, term in zip(predictions, terms, strict=True)]
 
 
 def draw(count, seed=0, shape=(2, 4, 6, 5)):
@@ -45,7 +49,7 @@ def test_is_eq_3(weights, seed, with_mask):
     terms = [active(w, i, m) for i, (w, m) in enumerate(zip(weights, masks, strict=True))]
     expected = by_hand(base, predictions, weights, masks)
     scale = 1.0 + sum(map(abs, weights))
-    assert torch.allclose(combine(base, predictions, terms).double(), expected, rtol=0, atol=2e-6 * scale)
+    assert torch.allclose(combine(base, guided(predictions, terms)).double(), expected, rtol=0, atol=2e-6 * scale)
 
 
 @settings(max_examples=25, deadline=None)
@@ -56,7 +60,7 @@ def test_without_base_is_stock_guidance(w, seed):
     positive, negative = draw(2, seed)
     if w < 0.5:
         w = 1 - w
-    got = combine(None, [positive, negative], [active(w, 0), active(1 - w, 1)])
+    got = combine(None, guided([positive, negative], [active(w, 0), active(1 - w, 1)]))
     assert torch.equal(got, negative + (positive - negative) * w)
 
 
@@ -65,8 +69,8 @@ def test_without_base_is_stock_guidance(w, seed):
 def test_effective_cond_is_the_same_sum(weights, seed):
     base, *predictions = draw(len(weights) + 1, seed)
     terms = [active(w, i) for i, w in enumerate(weights)]
-    cond, scale = effective_cond(base, predictions, terms)
-    expected = combine(base, predictions, terms)
+    cond, scale = effective_cond(base, guided(predictions, terms))
+    expected = combine(base, guided(predictions, terms))
     size = 1.0 + sum(map(abs, weights))
     assert torch.allclose(base + scale * (cond - base), expected, rtol=0, atol=5e-6 * size)
 
@@ -77,11 +81,11 @@ def test_rounds_as_stock_guidance_in_every_dtype(dtype, w):
     """Three operations, each rounded: no fused multiply-add, no wider intermediate."""
     positive, negative = (10 * tensor.to(dtype) for tensor in draw(2, shape=(1, 4, 33, 31)))
     expected = negative + (positive - negative) * w
-    got = combine(negative, [positive], [active(w)])
+    got = combine(negative, guided([positive], [active(w)]))
     assert got.dtype == dtype
     assert torch.equal(got, expected)
     if w > 0.5:
-        assert torch.equal(combine(None, [positive, negative], [active(w, 0), active(1 - w, 1)]), expected)
+        assert torch.equal(combine(None, guided([positive, negative], [active(w, 0), active(1 - w, 1)])), expected)
 
 
 class Written(TorchDispatchMode):
@@ -107,13 +111,13 @@ def test_one_new_tensor_per_term_and_predictions_are_only_read(inference):
         terms = [active(w, i) for i, w in enumerate((3.0, -1.5, 2.0))]
         masked = [active(2.0, 0, torch.rand(1, 1, 6, 5)), *terms[1:]]
         with Written() as written:
-            got = combine(base, predictions, terms)
+            got = combine(base, guided(predictions, terms))
         assert written.names == ["sub", "mul_", "add_"] * 3
         assert written.made == 3
-        combine(base, predictions, masked)
-        effective_cond(base, predictions, terms)
-        effective_cond(base, predictions, masked)
-        without, _ = effective_cond(base, predictions[:1], terms[:1])
+        combine(base, guided(predictions, masked))
+        effective_cond(base, guided(predictions, terms))
+        effective_cond(base, guided(predictions, masked))
+        without, _ = effective_cond(base, guided(predictions[:1], terms[:1]))
         assert without is predictions[0]
     assert all(torch.equal(now, then) for now, then in zip((base, *predictions), kept, strict=True))
     assert all(got.data_ptr() != tensor.data_ptr() for tensor in (base, *predictions))
@@ -121,17 +125,17 @@ def test_one_new_tensor_per_term_and_predictions_are_only_read(inference):
 
 def test_missing_base_is_refused_where_it_counts():
     with pytest.raises(GuidanceError, match="weights sum to 3"):
-        combine(None, draw(1), [active(3.0)])
+        combine(None, guided(draw(1), [active(3.0)]))
     with pytest.raises(GuidanceError, match="base is None"):
-        combine(None, draw(1), [active(1.0, mask=torch.ones(1, 1, 6, 5))])
+        combine(None, guided(draw(1), [active(1.0, mask=torch.ones(1, 1, 6, 5))]))
     with pytest.raises(GuidanceError, match="nothing to combine"):
-        combine(None, [], [])
+        combine(None, guided([], []))
 
 
 def test_shapes_are_named():
     base, prediction = draw(1)[0], torch.zeros(2, 16, 6, 5)
     with pytest.raises(ShapeError) as error:
-        combine(base, [prediction], [active(2.0, label="style")])
+        combine(base, guided([prediction], [active(2.0, label="style")]))
     assert str(error.value) == (
         "Guidance Term 'style': prediction has shape (2, 16, 6, 5), expected (2, 4, 6, 5) like the unconditional "
         "model's; use models of one latent family."
@@ -142,7 +146,7 @@ def test_video_latents_take_one_mask_for_all_frames():
     base, prediction = draw(2, shape=(2, 4, 3, 6, 5))
     mask = torch.zeros(1, 1, 1, 6, 5)
     mask[..., :3, :] = 1
-    got = combine(base, [prediction], [active(2.0, mask=mask)])
+    got = combine(base, guided([prediction], [active(2.0, mask=mask)]))
     assert torch.equal(got[..., 3:, :], base[..., 3:, :])
     assert torch.equal(got[..., :3, :], (base + (prediction - base) * 2.0)[..., :3, :])
 
@@ -159,7 +163,7 @@ def test_langevin_samples_the_guided_density():
     for _ in range(1200):
         base = x + sigma**2 * (0.0 - x) / variances[0]  # D = x + sigma^2 score (Tweedie)
         cond = x + sigma**2 * (1.0 - x) / variances[1]
-        score = (combine(base, [cond], [active(w)]) - x) / sigma**2
+        score = (combine(base, guided([cond], [active(w)])) - x) / sigma**2
         x = x + step * score + math.sqrt(2 * step) * torch.randn(x.shape, generator=generator, dtype=x.dtype)
     # 20,000 chains: four standard errors, plus the step size's known inflation of the variance (1 / (1 - step/2 * p))
     inflated = 1 / precision / (1 - step / 2 * precision)
@@ -189,6 +193,6 @@ def test_others_are_no_pair():
 def test_a_scale_other_than_the_weights_sum():
     """A rule's prediction H counts with weight 1, and stands for the weight w_i that is in it."""
     base, rule, other = (torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(s)) for s in range(3))
-    cond, scale = effective_cond(base, [rule, other], [term_of(0, 1.0), term_of(1, 3.0)], weight=5.0)
+    cond, scale = effective_cond(base, guided([rule, other], [term_of(0, 1.0), term_of(1, 3.0)]), weight=5.0)
     assert scale == 5.0
     assert torch.allclose(base + scale * (cond - base), base + (rule - base) + 3.0 * (other - base), atol=1e-5)

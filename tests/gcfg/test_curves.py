@@ -8,6 +8,7 @@ from comfyui_gcfg.gcfg.curves import CONSTANT, CURVES, WeightCurve, make_curve, 
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import GuidancePlan
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,47 +114,39 @@ def test_points_are_read():
     assert parse_points(" 10 % :1e0\n\n20%:-2,", "Guidance Term") == ((0.1, 1.0), (0.2, -2.0))
 
 
+PAIRS = "percent: weight, such as 0.5: 3; correct it."
+EMPTY = "points is empty, expected percent: weight pairs, such as 0: 7.5, 1: 0; add some."
+IN_RANGE = "expected a number from -100 to 100; type one, such as 1.5."
+PERCENT = "a percent from 0 to 1 (or 0% to 100%); correct it."
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "points is empty, expected percent: weight pairs, such as 0: 7.5, 1: 0; add some."),
-        (" , \n", "points is empty, expected percent: weight pairs, such as 0: 7.5, 1: 0; add some."),
-        ("0.5", "points: pair 1 is '0.5', expected percent: weight, such as 0.5: 3; correct it."),
-        ("0: 1, : 3", "points: pair 2 is ': 3', expected percent: weight, such as 0.5: 3; correct it."),
-        ("0: 1, 0.5: x", "points: pair 2 is '0.5: x', expected percent: weight, such as 0.5: 3; correct it."),
-        ("0: nan", "points: pair 1 is '0: nan', expected percent: weight, such as 0.5: 3; correct it."),
-        (
-            "0: 1, 1: 1e308",
-            "points: the weight of pair 2 is 1e+308, expected a number from -100 to 100; type one, such as 1.5.",
-        ),
-        (
-            "0: -100.1",
-            "points: the weight of pair 1 is -100.1, expected a number from -100 to 100; type one, such as 1.5.",
-        ),
+        ("", EMPTY),
+        (" , \n", EMPTY),
+        ("0.5", f"points: pair 1 is '0.5', expected {PAIRS}"),
+        ("0: 1, : 3", f"points: pair 2 is ': 3', expected {PAIRS}"),
+        ("0: 1, 0.5: x", f"points: pair 2 is '0.5: x', expected {PAIRS}"),
+        ("0: nan", f"points: pair 1 is '0: nan', expected {PAIRS}"),
+        ("0: 1, 1: 1e308", f"points: the weight of pair 2 is 1e+308, {IN_RANGE}"),
+        ("0: -100.1", f"points: the weight of pair 1 is -100.1, {IN_RANGE}"),
         (
             ",".join(f"{n / 200}: 1" for n in range(101)),
             "points has more than 100 pairs, expected fewer; take some out.",
         ),
-        (
-            "0: 0." + "1" * 5000,
-            f"points: pair 1 is '0: 0.{'1' * 34}…', expected percent: weight, such as 0.5: 3; correct it.",
-        ),
-        (
-            "0: 1\ud83d\x1b",
-            r"points: pair 1 is '0: 1\ud83d\x1b', expected percent: weight, such as 0.5: 3; correct it.",
-        ),
-        ("0: 1: 2", "points: pair 1 is '0: 1: 2', expected percent: weight, such as 0.5: 3; correct it."),
-        ("inf: 2", "points: pair 1 is 'inf: 2', expected percent: weight, such as 0.5: 3; correct it."),
-        ("0: 1, 50: 3", "points: pair 2 is '50: 3', expected a percent from 0 to 1 (or 0% to 100%); correct it."),
-        ("-1%: 3", "points: pair 1 is '-1%: 3', expected a percent from 0 to 1 (or 0% to 100%); correct it."),
+        ("0: 0." + "1" * 5000, f"points: pair 1 is '0: 0.{'1' * 34}…', expected {PAIRS}"),
+        ("0: 1\ud83d\x1b", rf"points: pair 1 is '0: 1\ud83d\x1b', expected {PAIRS}"),
+        ("0: 1: 2", f"points: pair 1 is '0: 1: 2', expected {PAIRS}"),
+        ("inf: 2", f"points: pair 1 is 'inf: 2', expected {PAIRS}"),
+        ("0: 1, 50: 3", f"points: pair 2 is '50: 3', expected {PERCENT}"),
+        ("-1%: 3", f"points: pair 1 is '-1%: 3', expected {PERCENT}"),
         ("0.5: 1, 0.5: 2", "points: pair 2 is '0.5: 2', expected a percent above 0.5; sort the pairs."),
         ("60%: 1, 0.5: 2", "points: pair 2 is '0.5: 2', expected a percent above 0.6; sort the pairs."),
     ],
 )
 def test_points_that_cannot_be_read(text, message):
-    with pytest.raises(GuidanceError) as error:
-        make_curve("points", 0.0, text, "Guidance Term 'style'")
-    assert str(error.value) == f"Guidance Term 'style': {message}"
+    assert refusal(make_curve, "points", 0.0, text, "Guidance Term 'style'") == f"Guidance Term 'style': {message}"
 
 
 @settings(deadline=None)
@@ -177,24 +170,14 @@ def test_curve_of_the_widgets():
 @pytest.mark.parametrize(
     ("kind", "end", "message"),
     [
-        ("spline", 0.0, "Guidance Term: curve is 'spline', expected one of constant, linear, cosine, points; choose "),
-        ("linear", NAN, "Guidance Term: end_weight is nan, expected a number from -100 to 100; type one, such as 1.5."),
-        (
-            "cosine",
-            -INF,
-            "Guidance Term: end_weight is -inf, expected a number from -100 to 100; type one, such as 1.5.",
-        ),
-        (
-            "linear",
-            100.5,
-            "Guidance Term: end_weight is 100.5, expected a number from -100 to 100; type one, such as 1.5.",
-        ),
+        ("spline", 0.0, "curve is 'spline', expected one of constant, linear, cosine, points; choose one."),
+        ("linear", NAN, f"end_weight is nan, {IN_RANGE}"),
+        ("cosine", -INF, f"end_weight is -inf, {IN_RANGE}"),
+        ("linear", 100.5, f"end_weight is 100.5, {IN_RANGE}"),
     ],
 )
 def test_curve_that_cannot_be_made(kind, end, message):
-    with pytest.raises(GuidanceError) as error:
-        make_curve(kind, end, "", "Guidance Term")
-    assert str(error.value) == message + ("one." if kind == "spline" else "")
+    assert refusal(make_curve, kind, end, "", "Guidance Term") == f"Guidance Term: {message}"
 
 
 # --- in a plan ---

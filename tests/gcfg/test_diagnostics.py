@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_gcfg.gcfg.combine import combine
+from comfyui_gcfg.gcfg.combine import Delta, combine
 from comfyui_gcfg.gcfg.diagnostics import GuidanceReport, Reading, Recorder, measure, pairs
 from comfyui_gcfg.gcfg.plan import ActiveTerm
 
@@ -24,6 +24,10 @@ def tensors(count, batch=2, seed=0):
 def active(*weights, masks=None):
     masks = masks or [None] * len(weights)
     return [ActiveTerm(i, w, m, f"t{i}") for i, (w, m) in enumerate(zip(weights, masks, strict=True))]
+
+
+def guided(predictions, terms):
+    return [Delta(prediction, term) for prediction, term in zip(predictions, terms, strict=True)]
 
 
 def expected(x, base, predictions, terms, denoised):
@@ -70,8 +74,8 @@ def half_masks():
 def test_measure_against_float64(weights, masks, batch):
     x, base, *predictions = tensors(2 + len(weights), batch)
     terms = active(*weights, masks=masks)
-    denoised = combine(base, predictions, terms)
-    got = measure(x, base, predictions, terms, denoised)
+    denoised = combine(base, guided(predictions, terms))
+    got = measure(x, base, guided(predictions, terms), denoised)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), expected(x, base, predictions, terms, denoised), rtol=FLOAT32, atol=FLOAT32)
 
@@ -83,14 +87,14 @@ def test_terms_that_fight_and_agree():
     east, north = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
     terms = active(2.0, 3.0, -1.0, 5.0)
     denoised = base + 2 * east + 3 * east - east + 5 * north
-    got = measure(x, base, [base + east, base + east, base + east, base + north], terms, denoised).tolist()
+    got = measure(x, base, guided([base + east, base + east, base + east, base + north], terms), denoised).tolist()
     assert got == pytest.approx([math.hypot(4, 5) / 5, 0.4, 0.6, 0.2, 1.0, 1, -1, 0, -1, 0, 0], abs=1e-6)
 
 
 def test_what_hooks_do_counts_in_the_total():
     x, base, prediction = tensors(3)
     terms = active(2.0)
-    total, pull = measure(x, base, [prediction], terms, base).tolist()
+    total, pull = measure(x, base, guided([prediction], terms), base).tolist()
     assert total == 0.0
     assert pull > 0.1
 
@@ -101,7 +105,7 @@ def test_a_sample_outside_a_mask_does_not_hide_the_angle_of_the_other():
     mask = torch.ones(2, 1, 6, 5)
     mask[1] = 0.0
     terms = active(2.0, 3.0, masks=[None, mask])
-    got = measure(x, base, [a, b], terms, combine(base, [a, b], terms))
+    got = measure(x, base, guided([a, b], terms), combine(base, guided([a, b], terms)))
     alone = expected(x[:1], base[:1], [a[:1], b[:1]], terms, base[:1])
     assert float(got[3]) == pytest.approx(alone[3], abs=FLOAT32)
 
@@ -117,8 +121,8 @@ def recorded(*evaluations, sigmas=SIGMAS, labels=("t0", "t1", "t2")):
         x, base, *outputs = tensors(5, seed=number)
         outputs = [outputs[term.index] for term in terms]
         base = base if with_base else None
-        denoised = combine(base, outputs, terms) if terms else base
-        recorder.record(x, torch.full((2,), sigma), base, outputs, terms, denoised)
+        denoised = combine(base, guided(outputs, terms)) if terms else base
+        recorder.record(x, torch.full((2,), sigma), base, guided(outputs, terms), denoised)
     recorder.finish()
     return report
 
@@ -127,7 +131,7 @@ def test_readings_of_active_and_inactive_terms():
     t0, t1, t2 = active(1.5, -0.5, 4.0)
     report = recorded((10.0, [t0, t2], True), (5.0, [t1], True), (2.0, [], True))
     x, base, a, _, c = tensors(5, seed=0)
-    total, pull_0, pull_2, cosine = expected(x, base, [a, c], [t0, t2], combine(base, [a, c], [t0, t2]))
+    total, pull_0, pull_2, cosine = expected(x, base, [a, c], [t0, t2], combine(base, guided([a, c], [t0, t2])))
     first, second, third = report.readings
     assert first.weights == (1.5, 0.0, 4.0)
     assert first.pulls == pytest.approx((pull_0, 0.0, pull_2), rel=1e-5)
@@ -147,7 +151,7 @@ def test_without_a_base_the_centre_is_named():
     terms = active(3.0, -1.0, -1.0)
     report = recorded((10.0, terms, False))
     x, _, a, b, c = tensors(5, seed=0)
-    wanted = expected(x, c, [a, b], terms[:2], combine(None, [a, b, c], terms))
+    wanted = expected(x, c, [a, b], terms[:2], combine(None, guided([a, b, c], terms)))
     (reading,) = report.readings
     assert reading.centre == "t2"
     assert reading.total == pytest.approx(wanted[0], rel=1e-5)
@@ -177,7 +181,7 @@ def test_step_numbers(sigmas, evaluations, steps):
 def test_a_new_run_forgets_the_last_one():
     report = GuidanceReport(("old",), 9, [Reading(1, 1.0, (1.0,), (1.0,), 1.0, ())])
     Recorder(report, SIGMAS, ["new"])
-    assert report == GuidanceReport(("new",), 3, [])
+    assert report == GuidanceReport(("new",), 3, [], ("",))
 
 
 def test_listeners_are_told_after_each_reading():
@@ -186,7 +190,7 @@ def test_listeners_are_told_after_each_reading():
     recorder = Recorder(report, SIGMAS, ["t0"], lambda: told.append(len(report.readings)))
     x, base, a = tensors(3)
     for _ in range(2):
-        recorder.record(x, torch.ones(2), base, [a], active(2.0), base)
+        recorder.record(x, torch.ones(2), base, guided([a], active(2.0)), base)
     assert told == [1, 2]
 
 
@@ -194,9 +198,9 @@ def test_listeners_are_told_after_each_reading():
 def test_half_precision_is_summed_in_float32(dtype):
     x, base, a = (tensor.to(dtype) * 100 for tensor in tensors(3))  # squares overflow in float16
     terms = active(2.0)
-    got = measure(x, base, [a], terms, combine(base, [a], terms))
+    got = measure(x, base, guided([a], terms), combine(base, guided([a], terms)))
     # The deltas themselves are rounded to 8 bits in bfloat16; their norm averages over 120 of them.
-    np.testing.assert_allclose(got.numpy(), expected(x, base, [a], terms, combine(base, [a], terms)), rtol=5e-3)
+    np.testing.assert_allclose(got.numpy(), expected(x, base, [a], terms, combine(base, guided([a], terms))), rtol=5e-3)
 
 
 # --- out of the program ---
@@ -207,10 +211,10 @@ def broken_report():
     report = recorded((10.0, active(1.5, -0.5, 4.0), True), (5.0, active(2.0), True))
     recorder = Recorder(other := GuidanceReport(), SIGMAS, ["t0", "t1", "t2"])
     x, base, a, b = tensors(4)
-    recorder.record(x, torch.ones(2), base, [a * math.nan, b], active(2.0, 1.0), base * math.nan)
-    recorder.record(x, torch.ones(2), base, [a * math.inf, b], active(2.0, 1.0), base * math.inf)
-    recorder.record(x, torch.ones(2), x, [a, b], active(2.0, 1.0), a)
-    recorder.record(x, torch.ones(2), x, [x, x], active(2.0, 1.0), x)
+    recorder.record(x, torch.ones(2), base, guided([a * math.nan, b], active(2.0, 1.0)), base * math.nan)
+    recorder.record(x, torch.ones(2), base, guided([a * math.inf, b], active(2.0, 1.0)), base * math.inf)
+    recorder.record(x, torch.ones(2), x, guided([a, b], active(2.0, 1.0)), a)
+    recorder.record(x, torch.ones(2), x, guided([x, x], active(2.0, 1.0)), x)
     report.readings += other.readings
     return report
 

@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.plan import GuidancePlan
 from comfyui_gcfg.gcfg.streams import factor_of_delta, parse_stream_weights, stream_names
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 
 VIDEO, AUDIO = (1, 6, 3, 4, 2), (1, 5, 7, 2)  # (B, C, frames, h, w), (B, C, length, bands)
 NAME = "Guidance Term '2'"
-
-
-def refused(call, *args):
-    with pytest.raises(GuidanceError) as error:
-        call(*args)
-    return str(error.value)
 
 
 def parts(packed):
@@ -29,14 +23,14 @@ def test_pairs_are_read():
 
 @pytest.mark.parametrize("text", ["video", "video 1", ": 1", "video: x", "video: nan", "video: 101", "video: 1e999"])
 def test_bad_pairs_are_named(text):
-    assert refused(parse_stream_weights, f"audio: 1, {text}", NAME) == (
+    assert refusal(parse_stream_weights, f"audio: 1, {text}", NAME) == (
         f"Guidance Term '2': stream_weights has '{text}', expected stream: weight with a weight from -100 to 100, such "
         f"as video: 1, audio: 0.5; correct it."
     )
 
 
 def test_a_stream_is_named_once():
-    assert refused(parse_stream_weights, "audio: 1, audio: 2", NAME) == (
+    assert refusal(parse_stream_weights, "audio: 1, audio: 2", NAME) == (
         "Guidance Term '2': stream_weights names 'audio' twice, expected once; delete one."
     )
 
@@ -49,15 +43,15 @@ def test_names():
     assert stream_names([(1, 16, 9), (1, 1, 5)]) == (("1",), ("2",))
 
 
-def test_an_unknown_stream_is_refused():
-    assert refused(factor_of_delta, (), {"sound": 0.5}, [VIDEO, AUDIO], NAME) == (
+def test_an_unknown_stream_is_refusal():
+    assert refusal(factor_of_delta, (), {"sound": 0.5}, [VIDEO, AUDIO], NAME) == (
         "Guidance Term '2': stream_weights names 'sound', expected video or audio, as the latent holds; correct it."
     )
 
 
 def test_a_stream_is_named_by_its_kind_or_by_its_number():
     for weights in ({"1": 1.0, "video": 0.5}, {"video": 0.5, "audio": 2.0, "1": 1.0}):
-        assert refused(factor_of_delta, (), weights, [VIDEO, AUDIO], NAME) == (
+        assert refusal(factor_of_delta, (), weights, [VIDEO, AUDIO], NAME) == (
             "Guidance Term '2': stream_weights names one stream twice, as video and as 1, expected once; delete one."
         )
 
@@ -82,7 +76,7 @@ def test_each_mask_is_that_of_its_stream():
     video, audio = parts(factor_of_delta(masks, {}, [VIDEO, AUDIO], NAME))
     assert torch.equal(video, masks[0].expand(VIDEO))
     assert torch.equal(audio, masks[1].expand(AUDIO))
-    assert refused(factor_of_delta, (*masks, masks[0]), {}, [VIDEO, AUDIO], NAME) == (
+    assert refusal(factor_of_delta, (*masks, masks[0]), {}, [VIDEO, AUDIO], NAME) == (
         "Guidance Term '2': mask has 3 parts, expected at most 2 as the latent has; connect one mask."
     )
 

@@ -6,8 +6,9 @@ from fractions import Fraction
 import pytest
 from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.gcfg.sweep_weights import MAX_CELLS, SweptTerm, cell_terms, find_term, parse_weights
+from comfyui_gcfg.gcfg.sweep_weights import MAX_CELLS, SweptTerm, cell_terms, find_swept, parse_weights
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,21 +43,21 @@ def test_a_range_holds_the_decimals_that_are_written(step):
 
 @pytest.mark.parametrize("text", ["", "  ", ",", "\n,\n"])
 def test_an_empty_list(text):
-    assert refused(parse_weights, text, NAME) == (
+    assert refusal(parse_weights, text, NAME) == (
         "Weight Sweep: weights_1 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add some."
     )
 
 
 @pytest.mark.parametrize("part", ["x", "1.5.2", "1 2", "0:2", "0:1:2:3", "nan", "-inf", "0:inf:1", "1:", ":::", "1;2"])
 def test_what_is_neither_number_nor_range(part):
-    assert refused(parse_weights, f"1, {part}", NAME) == (
+    assert refusal(parse_weights, f"1, {part}", NAME) == (
         f"Weight Sweep: weights_1: '{part}', expected a number such as 1.5, or a range such as 0:2:0.25; correct it."
     )
 
 
 @pytest.mark.parametrize("part", ["0:2:-1", "2:0:0.5", "0:2:0"])
 def test_a_step_that_does_not_lead_to_the_end(part):
-    assert refused(parse_weights, part, NAME) == (
+    assert refusal(parse_weights, part, NAME) == (
         f"Weight Sweep: weights_1: '{part}', expected start:stop:step with a step that leads from start to stop; "
         f"correct it."
     )
@@ -64,20 +65,20 @@ def test_a_step_that_does_not_lead_to_the_end(part):
 
 @pytest.mark.parametrize("part", ["0:1:1e-12", "-100:100:1e-320", "0:40.1:0.1"])
 def test_a_range_of_too_many_weights(part):
-    assert refused(parse_weights, part, NAME) == (
+    assert refusal(parse_weights, part, NAME) == (
         f"Weight Sweep: weights_1: '{part}' is more than 400 weights, expected fewer; take a larger step."
     )
 
 
 def test_a_list_of_too_many_weights():
-    assert refused(parse_weights, "1," * 401, NAME) == (
+    assert refusal(parse_weights, "1," * 401, NAME) == (
         "Weight Sweep: weights_1 has more than 400 weights, expected fewer; take some out."
     )
 
 
 @pytest.mark.parametrize(("part", "found"), [("100.5", 100.5), ("-1e308", -1e308), ("0:1e39:1e38", 1e39)])
 def test_weights_out_of_range(part, found):
-    assert refused(parse_weights, f"1, {part}", NAME) == (
+    assert refusal(parse_weights, f"1, {part}", NAME) == (
         f"Weight Sweep: weights_1: a weight of '{part}' is {found}, expected a number from -100 to 100; type "
         "one, such as 1.5."
     )
@@ -85,7 +86,7 @@ def test_weights_out_of_range(part, found):
 
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from([*"0123456789.:,-+e_ ", "nan", "inf", "1e400", "0.1"])).map("".join))
-def test_any_list_is_read_or_refused(text):
+def test_any_list_is_read_or_refusal(text):
     try:
         weights = parse_weights(text, NAME)
     except GuidanceError:
@@ -100,21 +101,21 @@ def terms(*labels):
 
 def test_a_term_is_found_by_label_or_place():
     named = terms("prior", "", "concept")
-    assert find_term(named, "concept", "x") == 2
-    assert find_term(named, " prior ", "x") == 0
-    assert find_term(named, "2", "x") == 1
+    assert find_swept(named, "concept", "x") == 2
+    assert find_swept(named, " prior ", "x") == 0
+    assert find_swept(named, "2", "x") == 1
 
 
 def test_a_label_that_no_term_has():
     for wrong in ("style", "", "1", "Concept"):
-        assert refused(find_term, terms("prior", "", "concept"), wrong, "Weight Sweep: label_2") == (
+        assert refusal(find_swept, terms("prior", "", "concept"), wrong, "Weight Sweep: label_2") == (
             f"Weight Sweep: label_2 is '{wrong}', and no connected term has that label, expected exactly one of "
             f"'prior', '2', 'concept'; correct it."
         )
 
 
 def test_a_label_of_two_terms():
-    assert refused(find_term, terms("a", "a", "b"), "a", "Weight Sweep: label_1") == (
+    assert refusal(find_swept, terms("a", "a", "b"), "a", "Weight Sweep: label_1") == (
         "Weight Sweep: label_1 is 'a', and 2 connected terms have that label, expected exactly one of 'a', 'a', 'b'; "
         "give each Guidance Term its own label."
     )
@@ -122,12 +123,12 @@ def test_a_label_of_two_terms():
 
 def test_a_term_on_points_has_no_weight_to_replace():
     points = GuidanceTerm(1.0, label="a", curve=WeightCurve("points", points=((0.0, 1.0),)))
-    assert refused(find_term, [points], "a", "Weight Sweep: label_1") == (
+    assert refusal(find_swept, [points], "a", "Weight Sweep: label_1") == (
         "Weight Sweep: label_1 is 'a', whose weight follows a list of points, expected a constant, linear or cosine "
         "curve whose weight can be replaced; choose another curve there."
     )
     linear = GuidanceTerm(1.0, label="a", curve=WeightCurve("linear", 2.0))
-    assert find_term([linear], "a", "Weight Sweep: label_1") == 0
+    assert find_swept([linear], "a", "Weight Sweep: label_1") == 0
 
 
 def test_cells_go_along_the_rows_of_the_first_term():
@@ -151,12 +152,6 @@ def test_the_limit_of_cells():
     swept = [SweptTerm(0, "a", (1.0,) * 20), SweptTerm(1, "b", (1.0,) * 20)]
     assert len(cell_terms(terms("a", "b"), swept)) == MAX_CELLS == 400
     swept[1] = SweptTerm(1, "b", (1.0,) * 21)
-    assert refused(cell_terms, terms("a", "b"), swept) == (
+    assert refusal(cell_terms, terms("a", "b"), swept) == (
         "Weight Sweep: 420 cells, expected at most 400; shorten the lists of weights."
     )
-
-
-def refused(call, *args):
-    with pytest.raises(GuidanceError) as error:
-        call(*args)
-    return str(error.value)

@@ -1,18 +1,25 @@
 """A ComfyUI in this process, on the CPU, and small models of it."""
 
+import contextlib
 import gc
-import importlib
+import importlib.util
 import sys
 
 import pytest
 import torch
+from comfyui_gcfg.testkit.checks import bent_prior
 from comfyui_gcfg.testkit.inprocess import import_comfyui
+from comfyui_gcfg.testkit.layouts import CHANNELS, NARROW
 
 
 @pytest.fixture(scope="session", autouse=True)
 def comfy(comfyui_path):
-    """Import ComfyUI as its own launcher would, on the CPU."""
-    return import_comfyui(comfyui_path, cpu=True)
+    """Import ComfyUI as its own launcher would, on the CPU; its loaders know SD at any width."""
+    comfy = import_comfyui(comfyui_path, cpu=True)
+    for family in comfy.supported_models.models:
+        if family.unet_config.get("model_channels") == CHANNELS:
+            del family.unet_config["model_channels"]
+    return comfy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +52,7 @@ def weights():
 
     def get(family="sd15", seed=0):
         if (family, seed) not in made:
-            made[family, seed] = unet_state_dict(family, seed)
+            made[family, seed] = unet_state_dict(family, seed, channels=NARROW)
         return made[family, seed]
 
     return get
@@ -61,6 +68,19 @@ def prior(load_unet, weights):
 def concept(load_unet, weights):
     """A second model of the same family with other weights."""
     return load_unet(weights("sd15", 1))
+
+
+@pytest.fixture(scope="session")
+def lora(comfy, weights):
+    """A clone of a model with LoRA number `seed`, made as the stock loader node makes it."""
+    from comfyui_gcfg.testkit.models import lora_state_dict
+
+    def add(model, seed=1):
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights(), seed), 1.0, 0.0)
+        assert patched.patches, "the LoRA fits no weight"
+        return patched
+
+    return add
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +140,34 @@ def gcfg(comfy):
     return sample
 
 
+@pytest.fixture(scope="session")
+def extra(comfy):
+    """A module of ComfyUI's own further nodes; None where this version has none of the name."""
+
+    def find(name):
+        for package in ("comfy_extras", "comfy_extras.nodes"):
+            with contextlib.suppress(ModuleNotFoundError):
+                return importlib.import_module(f"{package}.{name}")
+        return None
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def custom_advanced(comfy, extra):
+    """The latent of the stock SamplerCustomAdvanced with a guider: Euler, the schedule "normal"."""
+    custom = extra("nodes_custom_sampler")
+
+    def sample(guider, latent, steps, seed=1):
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+        noise, euler = custom.Noise_RandomNoise(seed), comfy.samplers.sampler_object("euler")
+        out = custom.SamplerCustomAdvanced().sample(noise, guider, euler, sigmas, latent)
+        return getattr(out, "result", out)[0]
+
+    return sample
+
+
 @pytest.fixture
 def count_forwards():
     """Record (module id, batch) of every UNet call."""
@@ -152,9 +200,7 @@ def exact(calls):
         def denoise(apply_model, args):
             x, sigma = args["input"], args["timestep"].reshape(-1, 1, 1, 1)
             calls.append((name, len(x)))
-            variance = 0.09 + sigma**2
-            centre = torch.tanh(x / variance) + offset + args["c"]["c_crossattn"][:, :1, :1, None]
-            return (centre * sigma**2 + x * 0.09) / variance
+            return bent_prior(x, sigma, offset + args["c"]["c_crossattn"][:, :1, :1, None])
 
         clone = patcher.clone()
         clone.set_model_unet_function_wrapper(denoise)

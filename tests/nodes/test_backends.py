@@ -5,9 +5,8 @@ import logging
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
-from comfyui_gcfg.testkit.models import lora_state_dict
+from comfyui_gcfg.testkit.checks import refusal, relative
 
 # ComfyUI chooses one of its functions when it is imported, by these flags; the UNet's layers look it up in each call.
 BACKENDS = {
@@ -17,10 +16,6 @@ BACKENDS = {
 }
 # Attention in other orders of float32 operations, through a UNet and two guided steps.
 REORDERED = 1e-4
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.fixture
@@ -142,12 +137,6 @@ def _object_patch(model, key, backend):
     return clone
 
 
-@pytest.fixture
-def lora(comfy, weights):
-    file = lora_state_dict(weights("sd15", 0), 1)
-    return lambda model: comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)[0]
-
-
 @pytest.mark.parametrize("part", ["model", "block"])
 def test_compiled_clones_that_differ(
     gcfg, load_unet, weights, prompt, latent, null_text, lora, compiled, block_compiled, graphs, caplog, part
@@ -219,9 +208,9 @@ def test_a_compiled_module_in_an_unknown_wrapper_is_refused(gcfg, load_unet, wei
     clone.set_model_unet_function_wrapper(
         lambda apply, args: apply(args["input"], args["timestep"], **args["c"], u=unet)
     )
-    with pytest.raises(GuidanceError) as error:
-        gcfg(base, prompt(0), [GuidanceTerm(3.0, model=clone, conditioning=prompt(1))], latent, steps=1)
-    assert str(error.value) == (
+    assert refusal(
+        gcfg, base, prompt(0), [GuidanceTerm(3.0, model=clone, conditioning=prompt(1))], latent, steps=1
+    ) == (
         "GCFG: BaseModel is used twice with different patches, and a wrapper holds the shared model as torch.compile "
         "made it, so the two cannot be separated; compile with the node TorchCompileModel, or load the model for one "
         "of the terms from a second file."

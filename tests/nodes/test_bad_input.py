@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 
 NAN, INF = float("nan"), float("inf")
 
@@ -19,12 +19,6 @@ def term_node(comfy):
     from comfyui_gcfg.nodes.guidance import GCFGGuidanceTerm
 
     return GCFGGuidanceTerm().make
-
-
-def refused(call, *args, **kwargs):
-    with pytest.raises(GuidanceError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("node", ["GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGGuider"])
@@ -42,7 +36,7 @@ def test_no_term(prior, prompt, latent, node):
         "GCFGGuider": ("GCFG Guider", lambda n: n.make(prior, prompt(0), term_8=())),
     }
     name, call = calls[node]
-    assert refused(call, getattr(sampling, node)()) == (
+    assert refusal(call, getattr(sampling, node)()) == (
         f"{name}: no guidance term is connected, expected at least one; connect the terms output of a Guidance Term "
         f"node to term_1."
     )
@@ -50,13 +44,13 @@ def test_no_term(prior, prompt, latent, node):
 
 @pytest.mark.parametrize("weight", [NAN, INF, -INF, 100.0001, -1e308])
 def test_weight_is_out_of_range(term_node, weight):
-    assert refused(term_node, weight, 0.0, 1.0, label="style") == (
+    assert refusal(term_node, weight, 0.0, 1.0, label="style") == (
         f"Guidance Term 'style': weight is {weight}, expected a number from -100 to 100; type one, such as 1.5."
     )
 
 
 def test_start_after_end(term_node):
-    assert refused(term_node, 1.0, 0.6, 0.4, label="style") == (
+    assert refusal(term_node, 1.0, 0.6, 0.4, label="style") == (
         "Guidance Term 'style': start_percent is 0.6 and end_percent is 0.4, expected start_percent <= end_percent; "
         "swap them."
     )
@@ -64,13 +58,13 @@ def test_start_after_end(term_node):
 
 @pytest.mark.parametrize("percent", [-0.1, 1.5, NAN])
 def test_percent_out_of_range(term_node, percent):
-    assert refused(term_node, 1.0, percent, 1.0) == (
+    assert refusal(term_node, 1.0, percent, 1.0) == (
         f"Guidance Term: start_percent is {percent:g}, expected 0 (pure noise) to 1 (the clean image); correct it."
     )
 
 
 def test_neither_model_nor_conditioning(gcfg, prior, prompt, latent):
-    assert refused(gcfg, prior, prompt(0), [GuidanceTerm(2.0, label="nothing")], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [GuidanceTerm(2.0, label="nothing")], latent) == (
         "Guidance Term 'nothing': neither model nor conditioning is connected, expected at least one, because without "
         "them the term predicts the unconditional itself and changes nothing; connect one."
     )
@@ -79,7 +73,7 @@ def test_neither_model_nor_conditioning(gcfg, prior, prompt, latent):
 def test_model_of_another_latent_format(gcfg, prior, prompt, latent, load_unet, weights):
     sdxl = load_unet(weights("sdxl", 0))
     term = GuidanceTerm(2.0, model=sdxl, conditioning=prompt(1, 2048), label="style")
-    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': latent format is SDXL, expected SD15 like the unconditional model's; use models of one "
         "latent family."
     )
@@ -91,7 +85,7 @@ def test_wrong_latent_channels_of_a_model(gcfg, prior, concept, prompt, latent, 
     other = concept.clone()
     other.add_object_patch("latent_format", comfy.latent_formats.SD3())
     term = GuidanceTerm(2.0, model=other, conditioning=prompt(1), label="style")
-    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': latent has 16 channels, expected 4 as the unconditional model works with; use models "
         "of one latent family."
     )
@@ -106,7 +100,7 @@ def test_flow_model_with_eps_model(gcfg, prior, concept, prompt, latent, comfy):
     flow = concept.clone()
     flow.add_object_patch("model_sampling", Flow(flow.model.model_config))
     term = GuidanceTerm(2.0, model=flow, conditioning=prompt(1), label="style")
-    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': model is a flow model, expected a diffusion (eps or v) model like the unconditional "
         "one, because their noise levels mean different things; use two models of one kind."
     )
@@ -114,7 +108,7 @@ def test_flow_model_with_eps_model(gcfg, prior, concept, prompt, latent, comfy):
 
 def test_latent_image_of_the_wrong_channels(gcfg, prior, prompt):
     image = {"samples": torch.ones(1, 16, 8, 8)}
-    assert refused(gcfg, prior, prompt(0), [GuidanceTerm(2.0, conditioning=prompt(1))], image) == (
+    assert refusal(gcfg, prior, prompt(0), [GuidanceTerm(2.0, conditioning=prompt(1))], image) == (
         "GCFG KSampler: latent_image has 16 channels, expected 4 as the unconditional model works with; encode the "
         "image with the VAE of this model."
     )
@@ -122,36 +116,36 @@ def test_latent_image_of_the_wrong_channels(gcfg, prior, prompt):
 
 def test_conditioning_without_text(gcfg, prior, prompt, latent):
     term = GuidanceTerm(2.0, conditioning=[[None, {}]], label="style")
-    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': conditioning holds no text, which this model reads; connect a CLIP Text Encode node."
     )
 
 
 def test_conditioning_of_the_wrong_width(gcfg, prior, prompt, latent):
     term = GuidanceTerm(2.0, conditioning=prompt(1, 2048), label="style")
-    assert refused(gcfg, prior, prompt(0), [term], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': conditioning is 2048 wide, expected 768 for this model; encode the prompt with the "
         "CLIP that belongs to the model."
     )
     good = GuidanceTerm(2.0, conditioning=prompt(1))
-    assert refused(gcfg, prior, prompt(0, 1024), [good], latent) == (
+    assert refusal(gcfg, prior, prompt(0, 1024), [good], latent) == (
         "GCFG KSampler: unconditional is 1024 wide, expected 768 for this model; encode the prompt with the CLIP that "
         "belongs to the model."
     )
 
 
 def test_empty_conditioning(gcfg, prior, prompt, latent):
-    assert refused(gcfg, prior, prompt(0), [GuidanceTerm(2.0, conditioning=[], label="style")], latent) == (
+    assert refusal(gcfg, prior, prompt(0), [GuidanceTerm(2.0, conditioning=[], label="style")], latent) == (
         "Guidance Term 'style': conditioning is empty, expected at least one prompt; connect a CLIP Text Encode node."
     )
 
 
 def test_odd_masks(term_node, prompt):
-    assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.zeros(0, 64, 64), label="face") == (
+    assert refusal(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.zeros(0, 64, 64), label="face") == (
         "Guidance Term 'face': mask has no pixels, expected at least one; paint the region where the term should act, "
         "or disconnect the mask."
     )
-    assert refused(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.ones(1, 3, 64, 64)) == (
+    assert refusal(term_node, 1.0, 0.0, 1.0, None, prompt(1), torch.ones(1, 3, 64, 64)) == (
         "Guidance Term: mask has shape (1, 3, 64, 64), expected (height, width) or (batch, height, width); connect a "
         "MASK output."
     )
@@ -184,14 +178,14 @@ def test_stream_weights_of_zero_switch_their_term_off(term_node, gcfg, prior, co
 
 
 def test_a_long_label_is_cut_in_errors(term_node):
-    said = refused(term_node, 1.0, 0.0, 1.0, label="\ud83d" * 100_000, curve="points", points="x")
+    said = refusal(term_node, 1.0, 0.0, 1.0, label="\ud83d" * 100_000, curve="points", points="x")
     assert said.startswith(r"Guidance Term '\ud83d\ud83d")
     assert len(said) < 400
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8, 8), (1, 4, 0, 8)])
 def test_a_latent_that_holds_nothing(gcfg, prior, prompt, shape):
-    assert refused(
+    assert refusal(
         gcfg, prior, prompt(0), [replace(text(prompt), mask=torch.ones(1, 8, 8))], {"samples": torch.zeros(shape)}
     ) == (
         f"GCFG KSampler: latent_image has shape {shape} and so holds nothing, expected at least one latent; give it a "
@@ -216,7 +210,7 @@ def test_unconditional_without_a_prompt_at_some_step(gcfg, prior, prompt, latent
     import sys
 
     early = sys.modules["nodes"].ConditioningSetTimestepRange().set_range(prompt(0), 0.0, 0.3)[0]
-    message = refused(gcfg, prior, early, [GuidanceTerm(2.0, conditioning=prompt(1))], latent)
+    message = refusal(gcfg, prior, early, [GuidanceTerm(2.0, conditioning=prompt(1))], latent)
     assert message.startswith("GCFG KSampler: unconditional is limited to a part of the sampling and has no prompt at")
     assert message.endswith("expected one at every step; combine it with a conditioning for the rest.")
     assert torch.isfinite(gcfg(prior, prompt(0), [GuidanceTerm(2.0, conditioning=prompt(1))], latent)).all()

@@ -9,21 +9,7 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
-from comfyui_gcfg.testkit.models import lora_state_dict
-
-
-@pytest.fixture(scope="module")
-def lora(comfy, weights):
-    """A clone of a model with LoRA number `seed`, made as the stock loader node makes it."""
-
-    def add(model, seed, strength=1.0):
-        patched, _ = comfy.sd.load_lora_for_models(
-            model, None, lora_state_dict(weights("sd15", 0), seed), strength, 0.0
-        )
-        assert patched.patches, "the LoRA fits no weight"
-        return patched
-
-    return add
+from comfyui_gcfg.testkit.checks import refusal
 
 
 def v_prediction(model):
@@ -232,9 +218,7 @@ def test_patch_that_holds_a_shared_module_is_refused(load_unet, weights, variant
     clone = base.clone()
     shared = clone.model.diffusion_model.out
     clone.add_object_patch("diffusion_model.out", torch.nn.Sequential(shared))
-    with pytest.raises(GuidanceError) as error:
-        gcfg(base, prompt(0), _terms([clone], prompt), latent)
-    assert str(error.value) == (
+    assert refusal(gcfg, base, prompt(0), _terms([clone], prompt), latent) == (
         "GCFG: BaseModel is used twice with different patches, and the patch on 'diffusion_model.out' holds a part of "
         "the shared model, so the two cannot be separated; load the model for one of the terms from a second file."
     )
@@ -336,10 +320,9 @@ def test_a_wrapper_that_holds_the_shared_module_is_refused(load_unet, weights, v
         return apply_model(args["input"], args["timestep"], **args["c"])
 
     lora.set_model_unet_function_wrapper(cache)
-    with pytest.raises(GuidanceError) as error:
-        gcfg(base, prompt(0), _terms([lora], prompt), _latent())
-    assert "a wrapper of one (" in str(error.value)
-    assert "cache) holds a part of the shared model, so it would act on the wrong weights" in str(error.value)
+    said = refusal(gcfg, base, prompt(0), _terms([lora], prompt), _latent())
+    assert "a wrapper of one (" in said
+    assert "cache) holds a part of the shared model, so it would act on the wrong weights" in said
     assert torch.isfinite(gcfg(lora, prompt(0), _terms([None], prompt), _latent())).all()
 
 

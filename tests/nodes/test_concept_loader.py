@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from comfyui_gcfg.gcfg.concept_file import compact, fold
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.safetensors_file import read_header
+from comfyui_gcfg.testkit.checks import refusal
+from comfyui_gcfg.testkit.layouts import NARROW
 from comfyui_gcfg.testkit.models import lora_state_dict
 from safetensors.torch import save_file
 
@@ -55,7 +56,7 @@ def constants(weights):
     def get(family):
         generator = torch.Generator().manual_seed(5)
         names = [key.removesuffix(".norm2.bias") for key in weights(family) if key.endswith(".norm2.bias")]
-        return {name: torch.randn(320, generator=generator) for name in names}
+        return {name: torch.randn(NARROW, generator=generator) for name in names}
 
     return get
 
@@ -159,7 +160,8 @@ def test_every_form_naming_and_prefix(
     assert not [key for key in keys if ".attn2.to_" in key or ".norm2." in key]
     assert sum(key.endswith("attn2.null_text_feature") for key in keys) == blocks
     width = WIDTHS[family]
-    parameters = blocks * (2 * 320 * 320 + 2 * 320 * width + 320 + 2 * 320 - 320)  # q, out; k, v; bias, norm2, constant
+    # q, out; k, v; bias, norm2, constant
+    parameters = blocks * (2 * NARROW * NARROW + 2 * NARROW * width + NARROW + 2 * NARROW - NARROW)
     mebibytes = parameters * 4 / 2**20
     assert (
         line + f"null-text, freed {parameters:,} parameters of unused attention ({mebibytes:.1f} MiB)"
@@ -308,17 +310,9 @@ def test_a_concept_model_needs_no_null_text_patch(loader, folders, state_dict, p
     from comfyui_gcfg.nodes.concept import GCFGNullTextPatch
 
     save_file(state_dict("sd15", "compact"), folders[0] / "model.safetensors")
-    with pytest.raises(GuidanceError) as error:
-        GCFGNullTextPatch().patch(loader("model.safetensors"), prompt(1), "uniform_mean")
-    assert str(error.value) == (
+    assert refusal(GCFGNullTextPatch().patch, loader("model.safetensors"), prompt(1), "uniform_mean") == (
         "Null-Text Patch: model is a null-text UNet already, expected one that reads text; use it without this patch."
     )
-
-
-def refusal(loader, name):
-    with pytest.raises(GuidanceError) as error:
-        loader(name)
-    return str(error.value)
 
 
 OUTSIDE = ["../../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..\\x.safetensors", "C:\\x.safetensors"]
@@ -414,7 +408,7 @@ def test_a_file_that_lacks_what_tells_its_family(loader, folders, state_dict):
 
 def test_a_layer_of_another_size(loader, folders, state_dict):
     sd = dict(state_dict("sd15", "compact"))
-    sd["middle_block.0.in_layers.2.weight"] = torch.zeros(320, 160, 3, 3)
+    sd["middle_block.0.in_layers.2.weight"] = torch.zeros(NARROW, 32, 3, 3)
     save_file(sd, folders[0] / "odd.safetensors")
     message = refusal(loader, "odd.safetensors")
     assert message.startswith(
@@ -428,7 +422,7 @@ def test_a_unet_no_comfyui_knows(loader, folders, state_dict):
     sd = dict(state_dict("sd15"))
     for key in sd:
         if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
-            sd[key] = torch.zeros(320, 100)
+            sd[key] = torch.zeros(NARROW, 100)
     save_file(sd, folders[0] / "odd.safetensors")
     assert refusal(loader, "odd.safetensors") == (
         f"Load Concept UNet: unet_name 'odd.safetensors' is a UNet of {len(sd)} tensors for text of width 100 that "

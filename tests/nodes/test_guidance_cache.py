@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import bent_prior
 
 SAMPLERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "uni_pc", "euler_ancestral"]
 WIDGETS = {
@@ -84,9 +85,7 @@ def test_steps_are_counted_not_evaluations(
 
 def exact_denoised(x, sigma, offset, prompt):
     """What the `exact` models predict, in float64."""
-    variance = 0.09 + sigma**2
-    centre = torch.tanh(x / variance) + offset + prompt[0][0][:, :1, :1, None].double()
-    return (centre * sigma**2 + x * 0.09) / variance
+    return bent_prior(x, sigma, offset + prompt[0][0][:, :1, :1, None].double())
 
 
 def test_against_a_loop_written_by_hand(cached, base, terms, prompt, latent, comfy):

@@ -1,6 +1,5 @@
 """What a run tells about its terms: against a float64 loop, and that looking changes nothing."""
 
-import importlib.util
 import json
 import types
 
@@ -8,8 +7,8 @@ import pytest
 import torch
 from comfyui_gcfg.gcfg.curves import WeightCurve
 from comfyui_gcfg.gcfg.diagnostics import GuidanceReport, Reading
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import bent_prior, refusal
 
 STEPS = 5
 FLOAT32 = 1e-5  # float32 sampling against float64, over 5 steps of elementwise models
@@ -18,32 +17,15 @@ CONNECTED = {"7": {"inputs": {"steps": 5}}, "9": {"inputs": {"report": ["7", 1]}
 NOT_CONNECTED = {"7": {"inputs": {"steps": 5}}, "8": {"inputs": {"samples": ["7", 0]}, "report": 1}}
 
 
-def denoise(x, sigma, offset):
-    """A made-up model: E[x0 | x] of a bent prior around an offset. For float32 and float64."""
-    variance = 0.09 + sigma**2
-    return ((torch.tanh(x / variance) + offset) * sigma**2 + x * 0.09) / variance
-
-
 def offset_of(cond):
     """What the model sees of a prompt."""
     return float(cond[0][0][0, 0, 0])
 
 
 @pytest.fixture
-def exact(prior, concept):
+def models(base, exact, concept):
     """The sampler's model and another one, both with predictions that a float64 loop can repeat."""
-
-    def make(patcher, further):
-        clone = patcher.clone()
-
-        def predict(apply_model, args):
-            text = args["c"]["c_crossattn"][:, :1, :1, None]
-            return denoise(args["input"], args["timestep"].reshape(-1, 1, 1, 1), text + further)
-
-        clone.set_model_unet_function_wrapper(predict)
-        return clone
-
-    return make(prior, 0.0), make(concept, 1.0)
+    return base, exact(concept, "concept", 1.0)
 
 
 @pytest.fixture
@@ -90,9 +72,9 @@ def by_hand(comfy, base, unconditional, terms, weights):
     x = noise * float(torch.sqrt(1.0 + sigmas[0] ** 2))  # ComfyUI scales so at the largest sigma
     evaluations = []
     for step, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
-        d_0 = denoise(x, sigma, offset_of(unconditional))
+        d_0 = bent_prior(x, sigma, offset_of(unconditional))
         deltas = [
-            weight * (denoise(x, sigma, offset_of(cond) + further) - d_0)
+            weight * (bent_prior(x, sigma, offset_of(cond) + further) - d_0)
             for weight, (cond, further) in zip(weights(step), terms, strict=True)
         ]
         evaluations.append((sigma, x, d_0, deltas))
@@ -104,8 +86,8 @@ def close(got, expected):
     return float((got.double() - expected).abs().max() / expected.abs().max()) < FLOAT32
 
 
-def test_readings_against_a_loop_in_float64(sample, exact, prompt, latent, comfy):
-    base, other = exact
+def test_readings_against_a_loop_in_float64(sample, models, prompt, latent, comfy):
+    base, other = models
     latent_out, report, _ = sample(base, prompt(0), two_terms(other, prompt), latent)
 
     # The normal schedule is even in time: step i is at percent i / 4, so the second term acts at steps 2 and 3.
@@ -133,9 +115,9 @@ def test_readings_against_a_loop_in_float64(sample, exact, prompt, latent, comfy
 
 
 @pytest.mark.parametrize("kind", ["linear", "points"])
-def test_a_curve_against_a_loop_in_float64(sample, exact, prompt, latent, comfy, kind):
+def test_a_curve_against_a_loop_in_float64(sample, models, prompt, latent, comfy, kind):
     """One term whose weight falls from 8 to -2: 8, 5.5, 3, 0.5, -2 at the five even steps."""
-    base, _ = exact
+    base, _ = models
     curve = WeightCurve(kind, -2.0, ((0.0, 8.0), (0.5, 3.0), (1.0, -2.0)))
     term = GuidanceTerm(8.0 if kind == "linear" else 1.0, conditioning=prompt(1), curve=curve)
     got, report, _ = sample(base, prompt(0), [term], latent)
@@ -147,8 +129,8 @@ def test_a_curve_against_a_loop_in_float64(sample, exact, prompt, latent, comfy,
     assert not close(sample(base, prompt(0), [constant], latent)[0]["samples"], expected)
 
 
-def test_a_level_curve_is_a_constant_to_the_last_bit(sample, exact, prompt, latent):
-    base, _ = exact
+def test_a_level_curve_is_a_constant_to_the_last_bit(sample, models, prompt, latent):
+    base, _ = models
     constant = sample(base, prompt(0), [GuidanceTerm(3.0, conditioning=prompt(1))], latent)[0]["samples"]
     for curve in (WeightCurve("linear", 3.0), WeightCurve("cosine", 3.0), WeightCurve("points", points=((0.5, 3.0),))):
         got = sample(base, prompt(0), [GuidanceTerm(3.0, conditioning=prompt(1), curve=curve)], latent)[0]["samples"]
@@ -163,9 +145,7 @@ def test_curve_of_the_node_reaches_the_term(comfy, prompt):
     assert term.curve == WeightCurve("cosine", 1.0)
     ((term,),) = make(4.0, 0.2, 0.6, conditioning=prompt(1), curve="points", points="0: 1, 100%: 2")
     assert term.curve == WeightCurve("points", points=((0.0, 1.0), (1.0, 2.0)))
-    with pytest.raises(GuidanceError) as error:
-        make(4.0, 0.2, 0.6, conditioning=prompt(1), label="style", curve="points", points="0: 1, 2")
-    assert str(error.value) == (
+    assert refusal(make, 4.0, 0.2, 0.6, conditioning=prompt(1), label="style", curve="points", points="0: 1, 2") == (
         "Guidance Term 'style': points: pair 2 is '2', expected percent: weight, such as 0.5: 3; correct it."
     )
 
@@ -188,8 +168,8 @@ def test_looking_changes_no_bit(sample, prior, concept, prompt, sampler):
 
 
 @pytest.mark.parametrize("prompt_graph", [NOT_CONNECTED, {}, None])
-def test_nothing_is_measured_when_nobody_looks(sample, exact, prompt, latent, measured, prompt_graph):
-    base, other = exact
+def test_nothing_is_measured_when_nobody_looks(sample, models, prompt, latent, measured, prompt_graph):
+    base, other = models
     _, report, ui = sample(base, prompt(0), two_terms(other, prompt), latent, prompt_graph)
     assert measured == []
     assert report == GuidanceReport()
@@ -198,15 +178,15 @@ def test_nothing_is_measured_when_nobody_looks(sample, exact, prompt, latent, me
     assert len(measured) == STEPS
 
 
-def test_the_chart_of_a_cached_run(sample, exact, prompt, latent):
-    base, other = exact
+def test_the_chart_of_a_cached_run(sample, models, prompt, latent):
+    base, other = models
     _, report, ui = sample(base, prompt(0), two_terms(other, prompt), latent)
     assert ui == {"gcfg": [report.as_dict()]}
     json.dumps(ui, allow_nan=False)
 
 
-def test_the_centre_is_named_where_the_unconditional_is_not_evaluated(sample, exact, prompt, latent):
-    base, _ = exact
+def test_the_centre_is_named_where_the_unconditional_is_not_evaluated(sample, models, prompt, latent):
+    base, _ = models
     terms = [
         GuidanceTerm(3.0, conditioning=prompt(1), label="positive"),
         GuidanceTerm(-2.0, conditioning=prompt(2), label="negative"),
@@ -217,9 +197,9 @@ def test_the_centre_is_named_where_the_unconditional_is_not_evaluated(sample, ex
     assert all(reading.total == pytest.approx(reading.pulls[0], rel=1e-6) for reading in report.readings)
 
 
-def test_steps_of_a_solver_that_evaluates_twice(sample, exact, prompt, latent):
+def test_steps_of_a_solver_that_evaluates_twice(sample, models, prompt, latent):
     """dpm_2 looks at the beginning and in the middle of each step; its last goes straight to 0."""
-    base, _ = exact
+    base, _ = models
     term = GuidanceTerm(3.0, conditioning=prompt(1))
     _, report, _ = sample(base, prompt(0), [term], latent, sampler="dpm_2")
     assert [reading.step for reading in report.readings] == [1, 1, 2, 2, 3, 3, 4, 4, 5]
@@ -241,10 +221,10 @@ def editor(monkeypatch, comfy):
     return server
 
 
-def test_an_editor_sees_every_reading_once(sample, exact, prompt, latent, editor, monkeypatch):
+def test_an_editor_sees_every_reading_once(sample, models, prompt, latent, editor, monkeypatch):
     from comfyui_gcfg.nodes.runtime import live
 
-    base, other = exact
+    base, other = models
     monkeypatch.setattr(live, "_INTERVAL", 0.0)
     _, report, ui = sample(base, prompt(0), two_terms(other, prompt), latent, NOT_CONNECTED)
     assert [(event, to) for event, _, to in editor.sent] == [("gcfg.step", "me")] * STEPS
@@ -256,22 +236,22 @@ def test_an_editor_sees_every_reading_once(sample, exact, prompt, latent, editor
     assert readings == report.as_dict()["readings"] == ui["gcfg"][0]["readings"]
 
 
-def test_messages_are_not_more_frequent_than_a_chart_needs(sample, exact, prompt, latent, editor):
-    base, other = exact
+def test_messages_are_not_more_frequent_than_a_chart_needs(sample, models, prompt, latent, editor):
+    base, other = models
     sample(base, prompt(0), two_terms(other, prompt), latent, NOT_CONNECTED)
     assert [len(message["readings"]) for _, message, _ in editor.sent] == [1, STEPS - 1], "at once, and at the end"
 
 
-def test_a_prompt_that_no_editor_queued_is_not_measured(sample, exact, prompt, latent, editor, measured):
-    base, other = exact
+def test_a_prompt_that_no_editor_queued_is_not_measured(sample, models, prompt, latent, editor, measured):
+    base, other = models
     editor.client_id = None
     _, report, ui = sample(base, prompt(0), two_terms(other, prompt), latent, NOT_CONNECTED)
     assert editor.sent == measured == report.readings == []
     assert ui is None
 
 
-def test_a_run_that_fails_sends_what_it_read(sample, exact, prompt, latent, editor):
-    base, _ = exact
+def test_a_run_that_fails_sends_what_it_read(sample, models, prompt, latent, editor):
+    base, _ = models
     own, count = base.model_options["model_function_wrapper"], []
 
     def fail(apply_model, args):
@@ -289,25 +269,20 @@ def test_a_run_that_fails_sends_what_it_read(sample, exact, prompt, latent, edit
 # --- the guider ---
 
 
-def test_report_of_a_guider_in_stock_sampler_custom_advanced(sample, exact, prompt, latent, comfy):
+def test_report_of_a_guider_in_stock_sampler_custom_advanced(sample, models, prompt, latent, custom_advanced):
     from comfyui_gcfg.nodes.report import GCFGGuidanceReport
     from comfyui_gcfg.nodes.sampling import GCFGGuider
 
-    found = importlib.util.find_spec("comfy_extras.nodes_custom_sampler")
-    custom = importlib.import_module(f"comfy_extras.{'' if found else 'nodes.'}nodes_custom_sampler")
-    base, other = exact
+    base, other = models
     terms = two_terms(other, prompt)
     expected_latent, expected, _ = sample(base, prompt(0), terms, latent)
     guider, report = GCFGGuider().make(base, prompt(0), unique_id=NODE, prompt=CONNECTED, term_1=tuple(terms))
     assert not report.readings
-    sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "normal", STEPS)
     for _ in range(2):  # a second run begins its report anew
-        run = custom.SamplerCustomAdvanced().sample
-        out = run(custom.Noise_RandomNoise(1), guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
-        out = out.result if hasattr(out, "result") else out
-        assert torch.equal(out[0]["samples"], expected_latent["samples"])
+        out = custom_advanced(guider, latent, STEPS)
+        assert torch.equal(out["samples"], expected_latent["samples"])
         assert report == expected
-    _, text, _ = GCFGGuidanceReport().make(report, latent=out[0])
+    _, text, _ = GCFGGuidanceReport().make(report, latent=out)
     assert json.loads(text) == json.loads(expected.as_json())
 
 
@@ -322,16 +297,14 @@ def make(comfy):
 
 
 def test_report_without_readings(make):
-    with pytest.raises(GuidanceError) as error:
-        make(GuidanceReport(("a",), 4))
-    assert str(error.value) == (
+    assert refusal(make, GuidanceReport(("a",), 4)) == (
         "Guidance Report: report is empty, expected the readings of a run; after a GCFG Guider connect latent to the "
         "output of SamplerCustomAdvanced, and after a run that ComfyUI has kept change the seed."
     )
 
 
-def test_texts_are_those_of_the_report(make, sample, exact, prompt, latent):
-    base, other = exact
+def test_texts_are_those_of_the_report(make, sample, models, prompt, latent):
+    base, other = models
     _, report, _ = sample(base, prompt(0), two_terms(other, prompt), latent)
     _, as_json, as_csv = make(report)
     assert as_json == report.as_json()
@@ -407,21 +380,33 @@ def test_plot_names_any_label(make, label):
     assert not torch.equal(*plots)
 
 
+def test_the_plots_legend_tells_what_a_term_is_measured_from(make, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, legend = [], Axes.legend
+    monkeypatch.setattr(
+        Axes, "legend", lambda self, **how: drawn.append(self.get_legend_handles_labels()[1]) or legend(self, **how)
+    )
+    report = made_up([1.0] * 4, [0.5] * 4)
+    make(report)  # as a report is that knows of none
+    report.relative = ("", "relative_model")
+    make(report)
+    assert drawn == [["a", "b", "sum"], ["a · b"], ["a", "b, measured from relative_model", "sum"], ["a · b"]]
+
+
 def test_without_matplotlib(make, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(GuidanceError) as error:
-        make(made_up([1.0] * 3))
-    assert str(error.value) == (
+    assert refusal(make, made_up([1.0] * 3)) == (
         "Guidance Report: matplotlib is not installed, expected it for the plot; run pip install matplotlib in "
         "ComfyUI's Python environment."
     )
 
 
-def test_a_term_with_the_unconditionals_prompt_that_acts_at_some_steps_only(sample, exact, prompt, latent):
+def test_a_term_with_the_unconditionals_prompt_that_acts_at_some_steps_only(sample, models, prompt, latent):
     """Its prediction is the base's; where nothing acts the base is read as it is."""
-    base, _ = exact
+    base, _ = models
     unconditional = prompt(0)
     term = GuidanceTerm(3.0, 0.4, 0.6, conditioning=unconditional, label="none")
     _, report, _ = sample(base, unconditional, [term], latent)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_patch_that_reads_it(gcfg, prior, reading, seen, prompt, latent, given
     got = gcfg(reading, prompt(0), terms(prompt, *given), latent, steps=2)
     assert set(seen) == expected
     plain = gcfg(prior, prompt(0), terms(prompt, *given), latent, steps=2)
-    assert float((got - plain).abs().max() / plain.abs().max()) < 2e-5
+    assert relative(got, plain) < 2e-5
 
 
 def test_where_no_term_acts(gcfg, reading, seen, prompt, latent):
@@ -121,6 +122,6 @@ def test_attention_guidance_acts_on_each_of_two_terms(gcfg, stock, prior, prompt
     plain = stock(prior, prompt(0), prompt(0), latent, cfg=1.0, steps=1)
     expected = plain + 3.0 * (one - plain) + 2.0 * (two - plain)
     got = gcfg(clone, prompt(0), terms(prompt, 3.0, 2.0), latent, steps=1)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+    assert relative(got, expected) < 2e-5
     without = gcfg(prior, prompt(0), terms(prompt, 3.0, 2.0), latent, steps=1)
     assert float((got - without).abs().max() / expected.abs().max()) > 1e-3

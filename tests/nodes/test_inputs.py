@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from comfyui_gcfg.gcfg.diagnostics import GuidanceReport
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def classes(comfy):
     from comfyui_gcfg.nodes import concept, guidance, guidance_cache, prompts, report, sampling, weight_sweep
 
     topics = (concept, guidance, prompts, guidance_cache, sampling, weight_sweep, report)
-    return {node_id: node for topic in topics for node_id, _, node in topic.NODES}
+    return {title: node for topic in topics for _, title, node in topic.NODES}
 
 
 @pytest.fixture
@@ -54,82 +54,52 @@ def inputs_of(node, good, kinds):
 
 
 def message(node, **inputs):
-    with pytest.raises(GuidanceError) as error:
-        getattr(node(), node.FUNCTION)(**inputs)
-    return str(error.value)
+    return refusal(getattr(node(), node.FUNCTION), **inputs)
 
 
-REQUIRED = [
-    ("GCFGKSampler", "model", "GCFG KSampler: model is empty, expected a model; connect a node that loads one."),
-    (
-        "GCFGKSampler",
-        "unconditional",
-        "GCFG KSampler: unconditional is empty, expected a prompt; connect a CLIP Text Encode node.",
-    ),
-    (
-        "GCFGKSamplerAdvanced",
-        "latent_image",
-        "GCFG KSampler (Advanced): latent_image is empty, expected a latent image; connect an Empty Latent Image or a "
-        "VAE Encode node.",
-    ),
-    ("GCFGKSampler", "steps", "GCFG KSampler: steps is empty, expected a whole number from 1 to 10000; correct it."),
-    ("GCFGKSampler", "seed", "GCFG KSampler: seed is empty, expected a whole number; correct it."),
-    ("GCFGKSampler", "denoise", "GCFG KSampler: denoise is empty, expected a number; connect a number, or type it."),
-    (
-        "GCFGKSamplerAdvanced",
-        "add_noise",
-        "GCFG KSampler (Advanced): add_noise is empty, expected one of enable, disable; choose one.",
-    ),
-    ("GCFGGuider", "model", "GCFG Guider: model is empty, expected a model; connect a node that loads one."),
-    (
-        "GCFGWeightSweep",
-        "vae",
-        "Weight Sweep: vae is empty, expected a VAE; connect a Load VAE node where the checkpoint holds none.",
-    ),
-    ("GCFGWeightSweep", "label_1", "Weight Sweep: label_1 is empty, expected text; connect text, or type it."),
-    (
-        "GCFGDecoupledPrompt",
-        "clip",
-        "Decoupled Prompt: clip is empty, expected a text encoder; connect a Load CLIP node where the checkpoint holds "
-        "none.",
-    ),
-    ("GCFGDecoupledPrompt", "text", "Decoupled Prompt: text is empty, expected text; connect text, or type it."),
-    ("GCFGNullTextPatch", "model", "Null-Text Patch: model is empty, expected a model; connect a node that loads one."),
-    (
-        "GCFGNullTextPatch",
-        "null_text",
-        "Null-Text Patch: null_text is empty, expected a prompt; connect a CLIP Text Encode node.",
-    ),
-    (
-        "GCFGNullTextPatch",
-        "mode",
-        "Null-Text Patch: mode is empty, expected one of uniform_mean, attention_mean; choose one.",
-    ),
-    (
-        "GCFGLoadConceptUNet",
-        "unet_name",
-        "Load Concept UNet: unet_name is empty, expected a name from its list; choose one.",
-    ),
-    (
-        "GCFGGuidanceCache",
-        "terms",
-        "Guidance Cache: terms is empty, expected guidance terms; connect a Guidance Term node.",
-    ),
-    ("GCFGGuidanceTerm", "weight", "Guidance Term: weight is empty, expected a number; connect a number, or type it."),
-    (
-        "GCFGGuidanceReport",
-        "report",
-        "Guidance Report: report is empty, expected a report; connect the report output of a GCFG sampler or guider.",
-    ),
-]
+# What each kind of input expects, as its sentence ends.
+MODEL = "a model; connect a node that loads one."
+PROMPT = "a prompt; connect a CLIP Text Encode node."
+LATENT = "a latent image; connect an Empty Latent Image or a VAE Encode node."
+VAE = "a VAE; connect a Load VAE node where the checkpoint holds none."
+CLIP = "a text encoder; connect a Load CLIP node where the checkpoint holds none."
+TERMS = "guidance terms; connect a Guidance Term node."
+REPORT = "a report; connect the report output of a GCFG sampler or guider."
+TEXT = "text; connect text, or type it."
+NUMBER = "a number; connect a number, or type it."
+STEPS = "a whole number from 1 to 10000; correct it."
+NAME = "a name from its list; choose one."
 
 
-@pytest.mark.parametrize(("node_id", "name", "expected"), REQUIRED)
-def test_nothing_at_a_required_input(classes, good, node_id, name, expected):
-    node = classes[node_id]
+@pytest.mark.parametrize(
+    ("title", "name", "expected"),
+    [
+        ("GCFG KSampler", "model", MODEL),
+        ("GCFG KSampler", "unconditional", PROMPT),
+        ("GCFG KSampler (Advanced)", "latent_image", LATENT),
+        ("GCFG KSampler", "steps", STEPS),
+        ("GCFG KSampler", "seed", "a whole number; correct it."),
+        ("GCFG KSampler", "denoise", NUMBER),
+        ("GCFG KSampler (Advanced)", "add_noise", "one of enable, disable; choose one."),
+        ("GCFG Guider", "model", MODEL),
+        ("Weight Sweep", "vae", VAE),
+        ("Weight Sweep", "label_1", TEXT),
+        ("Decoupled Prompt", "clip", CLIP),
+        ("Decoupled Prompt", "text", TEXT),
+        ("Null-Text Patch", "model", MODEL),
+        ("Null-Text Patch", "null_text", PROMPT),
+        ("Null-Text Patch", "mode", "one of uniform_mean, attention_mean; choose one."),
+        ("Load Concept UNet", "unet_name", NAME),
+        ("Guidance Cache", "terms", TERMS),
+        ("Guidance Term", "weight", NUMBER),
+        ("Guidance Report", "report", REPORT),
+    ],
+)
+def test_nothing_at_a_required_input(classes, good, title, name, expected):
+    node, sentence = classes[title], f"{title}: {name} is empty, expected {expected}"
     given = inputs_of(node, good, ["required", "optional"])
-    assert message(node, **{**given, name: None}) == expected
-    assert message(node, **{other: value for other, value in given.items() if other != name}) == expected
+    assert message(node, **{**given, name: None}) == sentence
+    assert message(node, **{other: value for other, value in given.items() if other != name}) == sentence
 
 
 def test_no_required_input_of_any_node_takes_nothing(classes, good):
@@ -154,11 +124,10 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "node_id",
-    ["GCFGGuidanceTerm", "GCFGDecoupledPrompt", "GCFGKSampler", "GCFGKSamplerAdvanced", "GCFGWeightSweep"],
+    "title", ["Guidance Term", "Decoupled Prompt", "GCFG KSampler", "GCFG KSampler (Advanced)", "Weight Sweep"]
 )
-def test_nothing_at_optional_inputs_is_not_connected(classes, good, node_id):
-    node = classes[node_id]
+def test_nothing_at_optional_inputs_is_not_connected(classes, good, title):
+    node = classes[title]
     given = inputs_of(node, good, ["required"])
     if "term_1" in node.INPUT_TYPES()["optional"]:
         given["term_1"] = good["term_1"]
@@ -171,92 +140,34 @@ def test_nothing_at_optional_inputs_is_not_connected(classes, good, node_id):
 
 
 @pytest.mark.parametrize(
-    ("node_id", "changes", "expected"),
+    ("title", "name", "value", "found", "expected"),
     [
+        ("Guidance Term", "weight", "7", "is '7'", NUMBER),
+        ("Guidance Term", "weight", 10**400, "is of the type int", NUMBER),
+        ("Guidance Term", "label", ["x"], "is of the type list", TEXT),
+        ("Guidance Term", "mask", [1, 2], "is of the type list", "a mask; connect a MASK output."),
+        ("Guidance Term", "terms", ["x"], "is of the type list", TERMS),
+        ("Guidance Term", "conditioning", "a\ud83d", r"is 'a\ud83d'", PROMPT),
+        ("Guidance Term", "curve", "spline", "is 'spline'", "one of constant, linear, cosine, points; choose one."),
+        ("GCFG KSampler", "latent_image", {"samples": None}, "is of the type dict", LATENT),
+        ("GCFG KSampler", "steps", 0, "is 0", STEPS),
+        ("GCFG KSampler", "steps", 2.5, "is 2.5", STEPS),
+        ("GCFG KSampler", "denoise", float("nan"), "is nan", "a number from 0 to 1; correct it."),
+        ("GCFG KSampler", "sampler_name", "x", "is 'x'", NAME),
+        ("Weight Sweep", "steps", 0, "is 0", STEPS),
+        ("GCFG Guider", "model", 3, "is 3", MODEL),
         (
-            "GCFGGuidanceTerm",
-            {"weight": "7"},
-            "Guidance Term: weight is '7', expected a number; connect a number, or type it.",
+            *("Null-Text Patch", "null_text", [[None, {}]], "holds no text"),
+            "(1, tokens, width); connect a CLIP Text Encode node with no text.",
         ),
-        (
-            "GCFGGuidanceTerm",
-            {"weight": 10**400},
-            "Guidance Term: weight is of the type int, expected a number; connect a number, or type it.",
-        ),
-        (
-            "GCFGGuidanceTerm",
-            {"label": ["x"]},
-            "Guidance Term: label is of the type list, expected text; connect text, or type it.",
-        ),
-        (
-            "GCFGGuidanceTerm",
-            {"mask": [1, 2]},
-            "Guidance Term: mask is of the type list, expected a mask; connect a MASK output.",
-        ),
-        (
-            "GCFGGuidanceTerm",
-            {"terms": ["x"]},
-            "Guidance Term: terms is of the type list, expected guidance terms; connect a Guidance Term node.",
-        ),
-        (
-            "GCFGGuidanceTerm",
-            {"conditioning": "a\ud83d"},
-            r"Guidance Term: conditioning is 'a\ud83d', expected a prompt; connect a CLIP Text Encode node.",
-        ),
-        (
-            "GCFGGuidanceTerm",
-            {"curve": "spline"},
-            "Guidance Term: curve is 'spline', expected one of constant, linear, cosine, points; choose one.",
-        ),
-        (
-            "GCFGKSampler",
-            {"latent_image": {"samples": None}},
-            "GCFG KSampler: latent_image is of the type dict, expected a latent image; connect an Empty Latent Image "
-            "or a VAE Encode node.",
-        ),
-        (
-            "GCFGKSampler",
-            {"steps": 0},
-            "GCFG KSampler: steps is 0, expected a whole number from 1 to 10000; correct it.",
-        ),
-        (
-            "GCFGKSampler",
-            {"steps": 2.5},
-            "GCFG KSampler: steps is 2.5, expected a whole number from 1 to 10000; correct it.",
-        ),
-        (
-            "GCFGKSampler",
-            {"denoise": float("nan")},
-            "GCFG KSampler: denoise is nan, expected a number from 0 to 1; correct it.",
-        ),
-        (
-            "GCFGKSampler",
-            {"sampler_name": "x"},
-            "GCFG KSampler: sampler_name is 'x', expected a name from its list; choose one.",
-        ),
-        (
-            "GCFGWeightSweep",
-            {"steps": 0},
-            "Weight Sweep: steps is 0, expected a whole number from 1 to 10000; correct it.",
-        ),
-        ("GCFGGuider", {"model": 3}, "GCFG Guider: model is 3, expected a model; connect a node that loads one."),
-        (
-            "GCFGNullTextPatch",
-            {"null_text": [[None, {}]]},
-            "Null-Text Patch: null_text holds no text, expected (1, tokens, width); connect a CLIP Text Encode node "
-            "with no text.",
-        ),
-        (
-            "GCFGNullTextPatch",
-            {"null_text": [["x", "y"]]},
-            "Null-Text Patch: null_text is of the type list, expected a prompt; connect a CLIP Text Encode node.",
-        ),
+        ("Null-Text Patch", "null_text", [["x", "y"]], "is of the type list", PROMPT),
     ],
 )
-def test_something_else(classes, good, node_id, changes, expected):
-    node = classes[node_id]
+def test_something_else(classes, good, title, name, value, found, expected):
+    node = classes[title]
     terms = {"term_1": good["term_1"]} if "term_1" in node.INPUT_TYPES().get("optional", {}) else {}
-    assert message(node, **{**inputs_of(node, good, ["required"]), **terms, **changes}) == expected
+    given = {**inputs_of(node, good, ["required"]), **terms, name: value}
+    assert message(node, **given) == f"{title}: {name} {found}, expected {expected}"
 
 
 def test_every_input_of_every_node_refuses_what_it_is_not(classes, good):
@@ -269,7 +180,7 @@ def test_every_input_of_every_node_refuses_what_it_is_not(classes, good):
 
 
 def test_a_negative_seed_from_another_node_is_taken_as_stock_nodes_do(classes, good):
-    node = classes["GCFGKSampler"]
+    node = classes["GCFG KSampler"]
     node().sample(**{**inputs_of(node, good, ["required"]), "seed": -1, "term_1": good["term_1"]})
 
 

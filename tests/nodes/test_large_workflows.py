@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.workflow import to_prompt
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("zoo.py")))["FAMILIES"]
@@ -22,6 +23,7 @@ MODELS = {  # file: (family, seed)
     "ideogram4_unconditional_fp8_scaled.safetensors": ("ideogram4", 1),
     "z_image_bf16.safetensors": ("zimage", 0),
     "ltx-2-19b-dev-fp8.safetensors": ("ltxav", 0),
+    "flux1-dev.safetensors": ("flux", 0),
 }
 SMALL = {  # by node: what is smaller than in the file
     "EmptyHunyuanLatentVideo": {"width": 32, "height": 32, "length": 9},
@@ -33,6 +35,7 @@ SMALL = {  # by node: what is smaller than in the file
 PACK = ("guidance", "sampling")
 # A latent that is handed from one sampler to the next is scaled back to a clean one and noised again, in float32.
 HANDED_ON = 1e-5
+REORDERED = 1e-5  # the same predictions added in another order, over 20 steps
 
 
 class Text:
@@ -184,6 +187,7 @@ def run(mappings, models, monkeypatch, tmp_path):
         loaders = {
             "UNETLoader": (lambda file: (models(file),), ("MODEL",)),
             "CLIPLoader": (lambda file: (Text(family),), ("CLIP",)),
+            "DualCLIPLoader": (lambda file: (Text(family),), ("CLIP",)),
             "VAELoader": (lambda file: (Decoder(),), ("VAE",)),
             "CheckpointLoaderSimple": (lambda file: (models(file), None, Decoder()), ("MODEL", "CLIP", "VAE")),
             "LTXAVTextEncoderLoader": (lambda file: (Text(family),), ("CLIP",)),
@@ -250,7 +254,7 @@ def of_outputs(prompt, sampler, **more):
 def difference(a, b):
     """The largest, relative to the largest value."""
     assert all(torch.isfinite(part).all() and float(part.std()) > 0 for part in b)
-    return max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True))
+    return max(relative(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +265,7 @@ def difference(a, b):
         ("ideogram4-two-models", "SamplerCustomAdvanced", ["text", "text, at the end"]),
         ("zimage-text-and-style", "GCFGKSampler", ["subject", "style"]),
         ("ltx2-audio-video", "SamplerCustomAdvanced", ["scene", "sound"]),
+        ("flux-negative-prompt", "SamplerCustomAdvanced", ["against the negative"]),
     ],
 )
 def test_runs_to_its_end_and_every_term_acts(load, run, tmp_path, name, sampler, labels):
@@ -293,28 +298,15 @@ def test_wan_in_one_sampler_is_two_samplers_in_a_row(load, run, models, record_p
         "positive": term["high noise"]["conditioning"],
         "negative": term["high noise, negative"]["conditioning"],
     }
-    first = {
-        "model": term["high noise"]["model"],
-        "add_noise": "enable",
-        "latent_image": settings["latent_image"],
-        "start_at_step": 0,
-        "end_at_step": 10,
-        "return_with_leftover_noise": "enable",
-    }
-    second = {
-        "model": term["low noise"]["model"],
-        "add_noise": "disable",
-        "latent_image": ["first", 0],
-        "start_at_step": 10,
-        "end_at_step": 20,
-        "return_with_leftover_noise": "disable",
-    }
-    stock = of_outputs(
-        prompt,
-        sampler,
-        first={"class_type": "KSamplerAdvanced", "inputs": common | first},
-        second={"class_type": "KSamplerAdvanced", "inputs": common | second},
-    )
+
+    def half(label, add_noise, latent, start, end, leftover):
+        own = {"model": term[label]["model"], "add_noise": add_noise, "latent_image": latent}
+        own |= {"start_at_step": start, "end_at_step": end, "return_with_leftover_noise": leftover}
+        return {"class_type": "KSamplerAdvanced", "inputs": common | own}
+
+    first = half("high noise", "enable", settings["latent_image"], 0, 10, "enable")
+    second = half("low noise", "disable", ["first", 0], 10, 20, "disable")
+    stock = of_outputs(prompt, sampler, first=first, second=second)
     calls.clear()
     expected = run(keeping(stock, ["second", 0]))["kept"]
     assert calls == [(0, 2)] * 10 + [(1, 2)] * 10
@@ -376,3 +368,19 @@ def test_ltx_with_equal_streams_and_no_sound_term_is_stock_cfg(load, run):
     expected = run(keeping(stock, [sampler, 0]))["kept"]
     assert [part.ndim for part in expected] == [5, 4]
     assert all(map(torch.equal, got, expected))
+
+
+def test_flux_against_a_negative_prompt_is_stock_cfg_of_one_more(load, run):
+    """D + w (D - D_neg) = D_neg + (1 + w) (D - D_neg), at every step."""
+    prompt = load("flux-negative-prompt")
+    sampler, guider = node_of(prompt, "SamplerCustomAdvanced"), node_of(prompt, "GCFGGuider")
+    term = term_of(prompt, "against the negative")
+    got = run(keeping(changed(prompt, term, end_percent=1.0), [sampler, 0]))["kept"]
+    inputs = {
+        "model": prompt[guider]["inputs"]["model"],
+        "positive": prompt[guider]["inputs"]["unconditional"],
+        "negative": prompt[term]["inputs"]["relative_conditioning"],
+        "cfg": 1.0 + prompt[term]["inputs"]["weight"],
+    }
+    stock = {**prompt, guider: {"class_type": "CFGGuider", "inputs": inputs}}
+    assert difference(got, run(keeping(stock, [sampler, 0]))["kept"]) < REORDERED

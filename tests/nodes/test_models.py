@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
+from comfyui_gcfg.testkit.layouts import NARROW
+from comfyui_gcfg.testkit.loads import counting
 from comfyui_gcfg.testkit.models import controlnet_state_dict
 
 STEPS = 4
@@ -93,37 +96,23 @@ def test_batched_where_weights_are_the_same(gcfg, prior, concept, prompt, latent
 
 
 def test_loads_once_and_moves_nothing_between_steps(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
-    management = comfy.model_management
-    requests, loads, moves, evaluations = [], [], [], []
-    request, move = management.load_models_gpu, torch.nn.Module.to
-    name = "load" if hasattr(type(prior), "load") else "patch_model"
-    load = getattr(type(prior), name)
+    management, requests = comfy.model_management, []
+    request = management.load_models_gpu
     monkeypatch.setattr(
         management,
         "load_models_gpu",
         lambda models, *a, **k: (requests.append(list(models)), request(models, *a, **k))[1],
     )
-    monkeypatch.setattr(type(prior), name, lambda self, *a, **k: (loads.append(self), load(self, *a, **k))[1])
-    monkeypatch.setattr(
-        torch.nn.Module, "to", lambda self, *a, **k: (moves.append(len(evaluations)), move(self, *a, **k))[1]
-    )
-    handles = [
-        patcher.model.diffusion_model.register_forward_pre_hook(lambda *_: evaluations.append(len(loads)))
-        for patcher in (prior, concept)
-    ]
     management.unload_all_models()
     terms = [GuidanceTerm(3.0, conditioning=prompt(1)), GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
-
-    gcfg(prior, prompt(0), terms, latent, steps=STEPS)
-    assert {prior, concept} <= set(requests[-1]), "one request names every model"
-    assert sorted(map(id, loads)) == sorted(map(id, (prior, concept))), "each is loaded once"
-    assert set(evaluations) == {2}, "before the first step"
-    assert not [at for at in moves if 0 < at < len(evaluations)], "nothing moves between steps"
-
-    gcfg(prior, prompt(0), terms, latent, steps=STEPS)
-    assert len(loads) == 2, "a second run finds them loaded"
-    for handle in handles:
-        handle.remove()
+    with counting([prior, concept]) as counts:
+        gcfg(prior, prompt(0), terms, latent, steps=STEPS)
+        assert {prior, concept} <= set(requests[-1]), "one request names every model"
+        assert counts.loads == {id(prior.model): 1, id(concept.model): 1}, "each is loaded once"
+        assert counts.evaluations == 2 * STEPS
+        assert counts.between_steps == 0
+        gcfg(prior, prompt(0), terms, latent, steps=STEPS)
+        assert sum(counts.loads.values()) == 2, "a second run finds them loaded"
 
 
 def test_memory_request_covers_the_hungriest_model(gcfg, prior, concept, prompt, latent, comfy, monkeypatch):
@@ -198,7 +187,7 @@ def controlnet(comfy, tmp_path_factory):
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("control") / "control.safetensors"
-    save_file(controlnet_state_dict(3), path)
+    save_file(controlnet_state_dict(3, NARROW), path)
     return sys.modules["comfy.controlnet"].load_controlnet(str(path))
 
 
@@ -224,7 +213,7 @@ def test_controlnet_of_the_plain_node_reaches_the_unconditional(
     assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
     terms = [GuidanceTerm(0.0001, conditioning=prompt(4)), GuidanceTerm(7.5, conditioning=positive)]
     close = gcfg(prior, prompt(2), terms, latent)
-    assert float((close - expected).abs().max() / expected.abs().max()) < 1e-2, "whichever socket it is on"
+    assert relative(close, expected) < 1e-2, "whichever socket it is on"
 
 
 def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, concept, prompt, latent, controlnet):
@@ -238,7 +227,7 @@ def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, c
     base, control = one_step(prior, prompt(2)), one_step(concept, positive)
     got = gcfg(prior, prompt(2), [GuidanceTerm(2.5, model=concept, conditioning=positive)], latent, steps=1)
     expected = base + 2.5 * (control - base)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     assert not torch.equal(control, one_step(concept, prompt(1)))
 
 
@@ -257,7 +246,7 @@ def test_replaced_batch_function_gets_pairs(gcfg, prior, prompt, latent, comfy):
     terms = [GuidanceTerm(3.0, conditioning=prompt(i)) for i in (1, 2, 3)]
     got, expected = gcfg(clone, prompt(0), terms, latent), gcfg(prior, prompt(0), terms, latent)
     assert set(sizes) == {2}
-    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5, "batches of other sizes round differently"
+    assert relative(got, expected) < 2e-5, "batches of other sizes round differently"
 
 
 def test_other_models_options_stay_their_own(gcfg, prior, concept, prompt, latent):

@@ -10,7 +10,6 @@ from collections import Counter
 
 import pytest
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
-from comfyui_gcfg.testkit.models import lora_state_dict
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -118,16 +117,15 @@ def test_only_what_depends_on_the_noise_level_reads_it(guided, counted, gcfg, pr
     assert got["aten::_local_scalar_dense"] >= guided["aten::_local_scalar_dense"] + STEPS
 
 
-def test_one_call_for_each_set_of_weights(comfy, gcfg, load_unet, weights, concept, prompt, latent, count_forwards):
+def test_one_call_for_each_set_of_weights(lora, gcfg, load_unet, weights, concept, prompt, latent, count_forwards):
     """Four terms on one model and the unconditional: a batch of five. A LoRA clone, another model: their own calls."""
     base = load_unet(weights("sd15", 0))
-    lora, _ = comfy.sd.load_lora_for_models(base, None, lora_state_dict(weights("sd15", 0), 1), 1.0, 0.0)
     calls = count_forwards(base, concept)  # before the clone's module is copied, hook and all
     terms = [GuidanceTerm(1.0 + seed, conditioning=prompt(seed)) for seed in (3, 4, 5, 6)]
     gcfg(base, prompt(0), terms, latent, steps=2)
     assert [batch for _, batch in calls] == [5, 5]
     calls.clear()
-    others = [GuidanceTerm(2.0, model=model, conditioning=prompt(8)) for model in (lora, concept)]
+    others = [GuidanceTerm(2.0, model=model, conditioning=prompt(8)) for model in (lora(base), concept)]
     gcfg(base, prompt(0), [*terms, *others], latent, steps=2)
     assert [batch for _, batch in calls] == [1, 1, 5] * 2
     own, other, prior = (module for module, _ in calls[:3])

@@ -3,15 +3,12 @@
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 
 SAMPLERS = ["euler", "dpmpp_2m", "dpmpp_sde", "uni_pc"]
 SCHEDULERS = ["normal", "karras", "simple"]
 # The same calls combined in another order of float32 operations: a few ulp per step, amplified by the model.
 REORDERED = 2e-5
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.fixture
@@ -25,24 +22,14 @@ def masked(latent):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("inpaint", [False, True], ids=["empty", "noise_mask"])
-def test_one_term_is_stock_cfg(gcfg, stock, prior, prompt, latent, masked, sampler, scheduler, inpaint):
-    image = masked if inpaint else latent
-    expected = stock(prior, prompt(1), prompt(2), image, sampler=sampler, scheduler=scheduler)
-    terms = [GuidanceTerm(7.5, conditioning=prompt(1))]
-    got = gcfg(prior, prompt(2), terms, image, sampler=sampler, scheduler=scheduler)
-    assert torch.isfinite(got).all()
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("inpaint", [False, True], ids=["empty", "noise_mask"])
-def test_positive_and_negative_terms_are_eq_7(gcfg, stock, prior, prompt, latent, masked, sampler, scheduler, inpaint):
-    image = masked if inpaint else latent
-    expected = stock(prior, prompt(1), prompt(2), image, sampler=sampler, scheduler=scheduler)
-    terms = [GuidanceTerm(7.5, conditioning=prompt(1)), GuidanceTerm(-6.5, conditioning=prompt(2))]
-    got = gcfg(prior, prompt(3), terms, image, sampler=sampler, scheduler=scheduler)
-    assert torch.equal(got, expected)
+def test_one_term_and_a_pair_are_stock_cfg(gcfg, stock, prior, prompt, latent, masked, sampler, scheduler, inpaint):
+    """The term around the negative prompt, and by Eq. 7 as two terms, whose weights sum to 1."""
+    image, how = masked if inpaint else latent, {"sampler": sampler, "scheduler": scheduler}
+    expected = stock(prior, prompt(1), prompt(2), image, **how)
+    assert torch.isfinite(expected).all()
+    positive, negative = GuidanceTerm(7.5, conditioning=prompt(1)), GuidanceTerm(-6.5, conditioning=prompt(2))
+    assert torch.equal(gcfg(prior, prompt(2), [positive], image, **how), expected)
+    assert torch.equal(gcfg(prior, prompt(3), [positive, negative], image, **how), expected)
 
 
 def test_eq_7_costs_what_stock_cfg_costs(gcfg, stock, prior, prompt, latent, count_forwards):
@@ -153,29 +140,13 @@ def test_advanced_runs_the_same_part_of_the_schedule(prior, prompt, masked, comf
     assert torch.equal(got, expected)
 
 
-def test_guider_in_stock_sampler_custom_advanced(prior, prompt, latent, stock, comfy):
-    import importlib
-
+def test_guider_in_stock_sampler_custom_advanced(prior, prompt, latent, stock, custom_advanced):
     from comfyui_gcfg.nodes.sampling import GCFGGuider
 
-    custom = (
-        importlib.import_module("comfy_extras.nodes_custom_sampler")
-        if importlib.util.find_spec("comfy_extras.nodes_custom_sampler")
-        else importlib.import_module("comfy_extras.nodes.nodes_custom_sampler")
-    )
     guider = GCFGGuider().make(prior, prompt(2), term_1=(GuidanceTerm(7.5, conditioning=prompt(1)),))[0]
-    sigmas = comfy.samplers.calculate_sigmas(prior.get_model_object("model_sampling"), "normal", 4)
-    noise = custom.Noise_RandomNoise(1) if hasattr(custom, "Noise_RandomNoise") else None
-    if noise is None:
-        pytest.fail("no noise object in this ComfyUI")
-    run = custom.SamplerCustomAdvanced().sample
-    out = run(noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
-    out = out.result if hasattr(out, "result") else out
     expected = stock(prior, prompt(1), prompt(2), latent)
-    assert torch.equal(out[0]["samples"], expected)
-    again = run(noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
-    again = again.result if hasattr(again, "result") else again
-    assert torch.equal(again[0]["samples"], expected), "a guider can be run twice"
+    for _ in range(2):  # a guider can be run twice
+        assert torch.equal(custom_advanced(guider, latent, 4)["samples"], expected)
 
 
 @pytest.mark.parametrize(("family", "width"), [("sd21", 1024), ("sdxl", 2048)])

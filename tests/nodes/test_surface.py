@@ -9,10 +9,15 @@ SURFACE = {
     "GCFGGuidanceTerm": (
         "Guidance Term",
         ["weight", "start_percent", "end_percent"],
-        ["model", "conditioning", "mask", "terms", "label", "curve", "end_weight", "points", "stream_weights"],
+        [
+            *("model", "conditioning", "mask", "terms", "label", "curve", "end_weight", "points", "stream_weights"),
+            *("relative_model", "relative_conditioning"),
+        ],
         ("GCFG_TERMS",),
     ),
     "GCFGDecoupledPrompt": ("Decoupled Prompt", ["clip", "text"], ["model", "terms"], ("GCFG_TERMS",)),
+    "GCFGRegionTerms": ("Region Terms", ["regions", "overlap"], ["background"], ("GCFG_TERMS",)),
+    "GCFGGuidanceRelation": ("Guidance Relation", ["terms", "relation", "against", "amount"], [], ("GCFG_TERMS",)),
     "GCFGGuidanceCache": (
         "Guidance Cache",
         ["terms", "mode", "every", "threshold", "extrapolation", "start_percent", "end_percent", "align"],
@@ -35,6 +40,7 @@ SURFACE = {
         TERMS,
         ("LATENT", "GCFG_REPORT"),
     ),
+    "GCFGModel": ("GCFG Model", ["model"], TERMS, ("MODEL", "GCFG_REPORT")),
     "GCFGWeightSweep": (
         "Weight Sweep",
         [
@@ -50,9 +56,20 @@ SURFACE = {
 
 @pytest.fixture
 def nodes(comfy):
-    from comfyui_gcfg.nodes import concept, guidance, guidance_cache, prompts, report, sampling, weight_sweep
+    from comfyui_gcfg.nodes import (
+        concept,
+        guidance,
+        guidance_cache,
+        model,
+        prompts,
+        regions,
+        relation,
+        report,
+        sampling,
+        weight_sweep,
+    )
 
-    topics = (guidance_cache, concept, guidance, prompts, report, sampling, weight_sweep)
+    topics = (guidance_cache, concept, guidance, model, prompts, regions, relation, report, sampling, weight_sweep)
     return {node_id: (name, node) for topic in topics for node_id, name, node in topic.NODES}
 
 

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 from comfyui_gcfg.testkit.models import lora_state_dict
 
 
@@ -30,24 +31,21 @@ def test_one_hooked_term_equals_stock(gcfg, stock, prior, prompt, latent, hooked
     assert not torch.equal(expected, stock(prior, prompt(1), prompt(2), latent))
 
 
-def test_hook_equals_a_model_with_that_lora(gcfg, comfy, load_unet, weights, prior, prompt, latent, hooked):
+def test_hook_equals_a_model_with_that_lora(gcfg, comfy, load_unet, weights, lora, prior, prompt, latent, hooked):
     """A hooked term on the base, beside a term on a clone with another LoRA: the same as two separate models."""
-
-    def with_lora(model, seed):
-        return comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights("sd15", 0), seed), 1.0, 0.0)[0]
 
     clean = {key: value.clone() for key, value in prior.model.state_dict().items()}
     terms = [
         GuidanceTerm(4.0, conditioning=hooked(prompt(1), 1)),
-        GuidanceTerm(2.0, model=with_lora(prior, 2), conditioning=prompt(3)),
+        GuidanceTerm(2.0, model=lora(prior, 2), conditioning=prompt(3)),
     ]
     got = gcfg(prior, prompt(0), terms, latent)
     separate = [
-        GuidanceTerm(4.0, model=with_lora(load_unet(weights("sd15", 0)), 1), conditioning=prompt(1)),
-        GuidanceTerm(2.0, model=with_lora(load_unet(weights("sd15", 0)), 2), conditioning=prompt(3)),
+        GuidanceTerm(4.0, model=lora(load_unet(weights()), 1), conditioning=prompt(1)),
+        GuidanceTerm(2.0, model=lora(load_unet(weights()), 2), conditioning=prompt(3)),
     ]
     expected = gcfg(prior, prompt(0), separate, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     comfy.model_management.unload_all_models()
     assert all(torch.equal(value, clean[key]) for key, value in prior.model.state_dict().items())
     gc.collect()
@@ -64,26 +62,22 @@ def test_hooks_of_one_term_do_not_leak_into_a_clone_of_equal_weights(gcfg, prior
     got = gcfg(prior, prompt(0), terms, latent)
     plain = [terms[0], GuidanceTerm(2.0, conditioning=prompt(3))]
     expected = gcfg(prior, prompt(0), plain, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
 
 
-def test_both_terms_hooked_differently(gcfg, load_unet, weights, comfy, prior, concept, prompt, latent, hooked):
+def test_both_terms_hooked_differently(gcfg, load_unet, weights, lora, prior, concept, prompt, latent, hooked):
     terms = [
         GuidanceTerm(4.0, conditioning=hooked(prompt(1), 1)),
         GuidanceTerm(2.0, model=concept, conditioning=hooked(prompt(3), 2)),
     ]
     got = gcfg(prior, prompt(0), terms, latent)
 
-    def with_lora(seed, lora):
-        model = load_unet(weights("sd15", seed))
-        return comfy.sd.load_lora_for_models(model, None, lora_state_dict(weights("sd15", 0), lora), 1.0, 0.0)[0]
-
     separate = [
-        GuidanceTerm(4.0, model=with_lora(0, 1), conditioning=prompt(1)),
-        GuidanceTerm(2.0, model=with_lora(1, 2), conditioning=prompt(3)),
+        GuidanceTerm(4.0, model=lora(load_unet(weights()), 1), conditioning=prompt(1)),
+        GuidanceTerm(2.0, model=lora(load_unet(weights("sd15", 1)), 2), conditioning=prompt(3)),
     ]
     expected = gcfg(prior, prompt(0), separate, latent)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert relative(got, expected) < 1e-5
     assert torch.equal(got, gcfg(prior, prompt(0), terms, latent)), "and again"
 
 

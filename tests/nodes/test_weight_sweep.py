@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from comfyui_gcfg.gcfg.curves import WeightCurve
-from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import refusal
 from comfyui_gcfg.testkit.models import vae_state_dict
 
 
@@ -304,74 +304,59 @@ def test_labels_longer_than_a_picture_do_not_overlap(sheet):
 # --- bad input ---
 
 
-def refused(call, *args, **kwargs):
-    with pytest.raises(GuidanceError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
+NO_SUCH = "and no connected term has that label, expected exactly one of 'a', 'b'; correct it."
+BOTH = "label_1 and label_2 are both 'a', expected two terms; change one."
 
 
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        (
-            {"label_1": "c"},
-            "Weight Sweep: label_1 is 'c', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        (
-            {"label_1": " "},
-            "Weight Sweep: label_1 is '', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        (
-            {"label_2": "A"},
-            "Weight Sweep: label_2 is 'A', and no connected term has that label, expected exactly one of 'a', 'b'; "
-            "correct it.",
-        ),
-        ({"label_2": "a"}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
-        ({"label_2": " a "}, "Weight Sweep: label_1 and label_2 are both 'a', expected two terms; change one."),
+        ({"label_1": "c"}, f"label_1 is 'c', {NO_SUCH}"),
+        ({"label_1": " "}, f"label_1 is '', {NO_SUCH}"),
+        ({"label_2": "A"}, f"label_2 is 'A', {NO_SUCH}"),
+        ({"label_2": "a"}, BOTH),
+        ({"label_2": " a "}, BOTH),
         (
             {"weights_1": "1, two"},
-            "Weight Sweep: weights_1: 'two', expected a number such as 1.5, or a range such as 0:2:0.25; correct it.",
+            "weights_1: 'two', expected a number such as 1.5, or a range such as 0:2:0.25; correct it.",
         ),
         (
             {"weights_2": ""},
-            "Weight Sweep: weights_2 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add "
-            "some.",
+            "weights_2 is empty, expected weights such as 0, 1.5, 3 or a range such as 0:2:0.25; add some.",
         ),
         (
             {"weights_1": "0:2:0.1", "weights_2": "0:2:0.1"},
-            "Weight Sweep: 441 cells, expected at most 400; shorten the lists of weights.",
+            "441 cells, expected at most 400; shorten the lists of weights.",
         ),
     ],
 )
 def test_bad_widgets(sweep, base, terms, prompt, latent, calls, widgets, message):
-    assert refused(sweep, base, prompt(0), terms, latent, **widgets) == message
+    assert refusal(sweep, base, prompt(0), terms, latent, **widgets) == f"Weight Sweep: {message}"
     assert calls == []
 
 
 def test_bad_terms(sweep, base, terms, prompt, latent):
     twice = [terms[0], replace(terms[1], label="a")]
-    assert refused(sweep, base, prompt(0), twice, latent, label_2="") == (
+    assert refusal(sweep, base, prompt(0), twice, latent, label_2="") == (
         "Weight Sweep: label_1 is 'a', and 2 connected terms have that label, expected exactly one of 'a', 'a'; give "
         "each Guidance Term its own label."
     )
     points = [replace(terms[0], curve=WeightCurve("points", points=((0.0, 1.0),))), terms[1]]
-    assert refused(sweep, base, prompt(0), points, latent) == (
+    assert refusal(sweep, base, prompt(0), points, latent) == (
         "Weight Sweep: label_1 is 'a', whose weight follows a list of points, expected a constant, linear or cosine "
         "curve whose weight can be replaced; choose another curve there."
     )
 
 
 def test_without_a_vae_nothing_is_sampled(sweep, base, terms, prompt, latent, calls):
-    assert refused(sweep, base, prompt(0), terms, latent, vae=None) == (
+    assert refusal(sweep, base, prompt(0), terms, latent, vae=None) == (
         "Weight Sweep: vae is empty, expected a VAE; connect a Load VAE node where the checkpoint holds none."
     )
     assert calls == []
 
 
 def test_no_term(sweep, base, prompt, latent):
-    assert refused(sweep, base, prompt(0), [], latent) == (
+    assert refusal(sweep, base, prompt(0), [], latent) == (
         "Weight Sweep: no guidance term is connected, expected at least one; connect the terms output of a Guidance "
         "Term node to term_1."
     )
@@ -379,7 +364,7 @@ def test_no_term(sweep, base, prompt, latent):
 
 def test_errors_of_a_run_name_this_node(sweep, base, terms, prompt):
     image = {"samples": torch.ones(1, 16, 8, 8)}
-    assert refused(sweep, base, prompt(0), terms, image) == (
+    assert refusal(sweep, base, prompt(0), terms, image) == (
         "Weight Sweep: latent_image has 16 channels, expected 4 as the unconditional model works with; encode the "
         "image with the VAE of this model."
     )

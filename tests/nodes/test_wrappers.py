@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.testkit.checks import relative
 
 STEPS = 3
 ONCE = ("outer_sample", "prepare_sampling", "sampler_sample")
@@ -71,7 +72,7 @@ def test_on_a_terms_model_each_lane_runs_in_its_own(gcfg, counting, kinds, prior
     assert {guider.model_patcher for guider in guiders} == {model}
     plain = [terms[0], GuidanceTerm(2.0, model=prior if same_file else concept, conditioning=prompt(3))]
     expected = gcfg(prior, prompt(2), plain, latent, steps=STEPS)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+    assert relative(got, expected) < 2e-5
 
 
 def test_two_terms_inside_wrappers_of_their_prediction(gcfg, counting, prior, concept, prompt, latent):
@@ -157,7 +158,7 @@ def test_a_replaced_sampling_function_is_called_for_its_own_model(gcfg, stock, p
         calls.clear()
         terms = [*one, GuidanceTerm(2.0, model=term, conditioning=prompt(3))]
         got = gcfg(base, prompt(2), terms, latent, steps=STEPS)
-        assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+        assert relative(got, expected) < 2e-5
         assert set(calls) == {(name, name) for name in who}
         assert comfy.samplers.sampling_function is before
     broken = concept.clone()
@@ -204,7 +205,7 @@ def test_caches_of_the_core_on_a_term(gcfg, stock, prior, concept, prompt, laten
     calls.clear()
     for _ in range(3):
         got = gcfg(prior, prompt(2), [GuidanceTerm(1.0, model=model, conditioning=prompt(1))], latent, steps=8)
-        assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
+        assert relative(got, expected) < 1e-4
     assert len(calls) == 3 * made
     kept = model.model_options["transformer_options"]["easycache"]
     assert not getattr(kept, "uuid_cache_diffs", None)
@@ -279,7 +280,7 @@ def test_a_pack_that_replaced_functions_for_good(gcfg, stock, prior, concept, pr
     assert "the model of Guidance Term 'cats' has settings for it (my_pack_scale)" in said
     terms = [*one, GuidanceTerm(2.0, model=concept, conditioning=prompt(3))]
     expected = gcfg(prior, prompt(2), terms, latent, steps=STEPS)
-    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+    assert relative(got, expected) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["outer_sample", "sampler_sample", "predict_noise"])

@@ -120,7 +120,7 @@ def test_many_prompts_are_encoded_as_the_trainer_encodes_one(tmp_path):
     found = text.encode(clip, prompts)
     for prompt, tokens in zip(prompts, found, strict=True):
         one = encode_prompt(tmp_path / "clip.safetensors", "sd1", prompt, "the file", text.tokenizer())
-        torch.testing.assert_close(tokens[None], one.tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(tokens[None], one.context, rtol=1e-4, atol=1e-4)
     assert (found[1] - found[2]).abs().mean() > 0.1
 
 

@@ -51,7 +51,6 @@ def build(images, folder, workers=0):
         shard_size=SHARD_SIZE,
         batch_size=BATCH_SIZE,
         workers=workers,
-        progress=False,
     )
     print(f"{report}\nencoded here: {vae.count}\n", end="", flush=True)
 

@@ -1,11 +1,13 @@
 """A small world of real parts: a checkpoint in Stable Diffusion's file layout, and folders of handwritten digits."""
 
+import json
+
 import pytest
 from accelerate.state import AcceleratorState
 from comfyui_gcfg.command.main import main
 from comfyui_gcfg.testkit import processes, tiny
 from comfyui_gcfg.training.config_file import load_config
-from comfyui_gcfg.training.encode_images import encode_images
+from comfyui_gcfg.training.material import encode_images
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,18 @@ def tiny_clip():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tiny_unet, tiny_vae, tiny_clip):
     return tiny.save_checkpoint(tmp_path_factory.mktemp("prior") / "prior.safetensors", tiny_unet, tiny_vae, tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """CLIP's tokenizer without its merges: each letter is a word's part."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.json").write_text(json.dumps({**ids, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -88,4 +102,4 @@ def _new_processes():
 @pytest.fixture(scope="session")
 def start():
     """Start the command in a process of its own."""
-    return processes.starter(main, ["comfyui_gcfg.training.run", "comfyui_gcfg.training.encode_images"])
+    return processes.starter(main, ["comfyui_gcfg.training.run", "comfyui_gcfg.training.material"])

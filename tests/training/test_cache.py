@@ -81,7 +81,7 @@ def images(tmp_path):
 
 
 def built(images, folder, vae, recipe, **options):
-    options = {"shard_size": 4, "batch_size": 3, "workers": 0, "progress": False} | options
+    options = {"shard_size": 4, "batch_size": 3, "workers": 0} | options
     return build_cache(images, folder, vae, recipe, **options)
 
 

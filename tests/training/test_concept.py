@@ -8,9 +8,9 @@ from comfyui_gcfg.gcfg.concept_file import compact, fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.null_text import cross_attention_blocks, is_null_text
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
-from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
-from comfyui_gcfg.training.drift import drift, drift_table
+from comfyui_gcfg.training.concept import drift, drift_table, null_text_features, predict, to_null_text
 from comfyui_gcfg.training.prior.architecture import unet_config
+from comfyui_gcfg.training.prior.text_encoder import Conditions
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 

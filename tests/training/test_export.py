@@ -12,9 +12,10 @@ from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import ldm_to_diffusers
 from comfyui_gcfg.training import export
-from comfyui_gcfg.training.concept import Conditions, null_text_features, predict, to_null_text
+from comfyui_gcfg.training.concept import null_text_features, predict, to_null_text
 from comfyui_gcfg.training.export import export_unet, model_spec
 from comfyui_gcfg.training.prior.model import open_prior
+from comfyui_gcfg.training.prior.text_encoder import Conditions
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file

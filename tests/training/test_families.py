@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_gcfg.training.config_file import load_config
 from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
-from comfyui_gcfg.training.encode_images import encode_images
+from comfyui_gcfg.training.material import encode_images
 from comfyui_gcfg.training.run import train
 from comfyui_gcfg.training.stream import SampleStream
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel

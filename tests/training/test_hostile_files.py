@@ -11,7 +11,7 @@ from comfyui_gcfg.command.main import app
 from comfyui_gcfg.evaluation.controlnet import load_controlnet
 from comfyui_gcfg.gcfg.errors import GuidanceError, printable
 from comfyui_gcfg.training.concept import null_text_features
-from comfyui_gcfg.training.prior.learned_token import read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import load_text_models
 from comfyui_gcfg.training.prior.vae import load_vae

@@ -84,14 +84,6 @@ def refusal(path):
     return result.stderr
 
 
-def test_a_missing_file(tmp_path):
-    path = tmp_path / "none.safetensors"
-    assert refusal(path) == (
-        f"Error: gcfg inspect: {str(path)!r} was not found, expected a .safetensors file; "
-        "check the name and the folder.\n"
-    )
-
-
 def test_a_truncated_file(tmp_path, unet):
     path = tmp_path / "cut.safetensors"
     save_file(unet, path)
@@ -105,22 +97,25 @@ def test_a_truncated_file(tmp_path, unet):
     assert "is cut short: 50 bytes, expected " in refusal(path)
 
 
+NOT_SAFETENSORS = "is no safetensors file although its name says so ({} bytes, no valid header); download it again."
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"<!DOCTYPE html><html></html>", b"\x05\0\0\0\0\0\0\0[1,2]", b"\x02" + b"\0" * 7 + b"no"]
+    ("name", "content", "said"),
+    [
+        ("none.safetensors", None, "was not found, expected a .safetensors file; check the name and the folder."),
+        ("model.gguf", b"GGUF", "ends in '.gguf', expected a .safetensors file."),
+        ("page.safetensors", b"", NOT_SAFETENSORS),
+        ("page.safetensors", b"<!DOCTYPE html><html></html>", NOT_SAFETENSORS),
+        ("page.safetensors", b"\x05\0\0\0\0\0\0\0[1,2]", NOT_SAFETENSORS),
+        ("page.safetensors", b"\x02" + b"\0" * 7 + b"no", NOT_SAFETENSORS),
+    ],
 )
-def test_another_kind_of_file(tmp_path, content):
-    path = tmp_path / "page.safetensors"
-    path.write_bytes(content)
-    assert refusal(path) == (
-        f"Error: gcfg inspect: {str(path)!r} is no safetensors file although its name says so ({len(content)} bytes, "
-        "no valid header); download it again.\n"
-    )
-
-
-def test_another_suffix(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
-    assert refusal(path) == f"Error: gcfg inspect: {str(path)!r} ends in '.gguf', expected a .safetensors file.\n"
+def test_another_kind_of_file(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert refusal(path) == f"Error: gcfg inspect: {str(path)!r} {said.format(len(content or b''))}\n"
 
 
 @pytest.mark.parametrize("name", ["$(touch x).ckpt", "old.pt", "old.pth", "old.bin", "renamed.safetensors"])

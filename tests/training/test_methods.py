@@ -14,8 +14,9 @@ from comfyui_gcfg.training.data.shards import Latents, Recipe, vae_fingerprint
 from comfyui_gcfg.training.dry_run import dry_run
 from comfyui_gcfg.training.methods.adapters import add_oft
 from comfyui_gcfg.training.methods.network import prompted
-from comfyui_gcfg.training.prior.learned_token import LearnedToken, read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import LearnedToken, add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
+from comfyui_gcfg.training.prior.text_encoder import encode_ids, token_ids
 from comfyui_gcfg.training.run import train
 from comfyui_gcfg.training.stream import SampleStream
 from comfyui_gcfg.training.trained import export_run
@@ -34,18 +35,6 @@ METHODS = {
 }
 ADAPTED = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")
 NETWORKS = ["full", "cross_attention", "lora", "oft"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """CLIP's tokenizer without its merges: each letter is a word's part."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
-    ids = {token: number for number, token in enumerate(vocabulary)}
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.json").write_text(json.dumps({**ids, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
 
 
 def letters(text):
@@ -325,7 +314,7 @@ def test_inversion_follows_the_gradient_of_its_vector(
 
 
 def test_a_prompt_with_a_learned_word(checkpoint, tiny_clip, tokenizer, tmp_path):
-    """What `encode_prompt` makes of it is what the text encoder makes of a row that holds the vector."""
+    """What `add_word` makes of it is what the text encoder makes of a row that holds the vector."""
     vector = torch.randn(1, 32)
     save_file({"emb_params": vector.half()}, tmp_path / "word.safetensors")
     word = read_embedding(tmp_path / "word.safetensors", "<digit>", "x")
@@ -335,11 +324,14 @@ def test_a_prompt_with_a_learned_word(checkpoint, tiny_clip, tokenizer, tmp_path
     ids = padded([*letters("a"), 100, *letters("b"), 100])
     changed = with_table(tiny_clip, table, ids)
     prior = open_prior(checkpoint)
-    with torch.no_grad():
-        text = prior.encode_prompt("a <digit> b<digit>", None, tokenizer, word)
-        torch.testing.assert_close(text.tokens, changed.last_hidden_state)
-        ordinary = prior.encode_prompt("a e", None, tokenizer).tokens
-        assert torch.equal(prior.encode_prompt("a e", None, tokenizer, word).tokens, ordinary)
+    model = prior.load_text_model()
+    add_word(model, word, "x")
+
+    def encoded(prompt):
+        return encode_ids([model], prior.family, token_ids(prompt, tokenizer, word.text)).context
+
+    torch.testing.assert_close(encoded("a <digit> b<digit>"), changed.last_hidden_state)
+    assert torch.equal(encoded("a e"), prior.encode_prompt("a e", None, tokenizer).context)
 
 
 def refusal(call, *arguments):
@@ -349,7 +341,7 @@ def refusal(call, *arguments):
     return str(caught.value)
 
 
-def test_what_is_no_embedding_is_refused(checkpoint, tokenizer, tmp_path):
+def test_what_is_no_embedding_is_refused(checkpoint, tmp_path):
     path = tmp_path / "word.safetensors"
     save_file({"clip_g": torch.zeros(1, 1280)}, path)
     assert refusal(read_embedding, path, "<digit>", "word.safetensors") == (
@@ -358,7 +350,7 @@ def test_what_is_no_embedding_is_refused(checkpoint, tokenizer, tmp_path):
     )
     for shape in ((1, 48), (2, 32)):
         word = LearnedToken("<digit>", torch.zeros(shape))
-        message = refusal(open_prior(checkpoint).encode_prompt, "a <digit>", None, tokenizer, word)
+        message = refusal(add_word, open_prior(checkpoint).load_text_model(), word, "x")
         assert f"for which the embedding of '<digit>' has the shape {shape}, expected (1, 32); use the prior" in message
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from comfyui_gcfg.testkit import models
 from comfyui_gcfg.training.config import ModelConfig
-from comfyui_gcfg.training.export import export_embedding, export_lora, export_unet
+from comfyui_gcfg.training.export import export_part, export_unet
 from comfyui_gcfg.training.methods.adapters import PROJECTIONS, lora_file
 from comfyui_gcfg.training.methods.network import ordinary_unet, prompted
-from comfyui_gcfg.training.prior.learned_token import read_embedding
+from comfyui_gcfg.training.methods.textual_inversion import EMBEDDING_KEY, add_word, read_embedding
 from comfyui_gcfg.training.prior.model import open_prior
-from comfyui_gcfg.training.prior.text_encoder import encode_prompt
+from comfyui_gcfg.training.prior.text_encoder import encode_ids, load_text_models, token_ids
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -50,7 +50,7 @@ def networks(tmp_path_factory):
         unet = trained if method == "full" else ordinary_unet(prior, model, trained)
         export_unet(unet, folder / f"unet-{method}.safetensors", "ordinary", "fp32", 768, ABOUT)
         if method == "lora":
-            export_lora(lora_file(trained), folder / "lora.safetensors", "fp32", ABOUT)
+            export_part(lora_file(trained), folder / "lora.safetensors", "fp32", ABOUT, "lora")
     return folder, outputs
 
 
@@ -62,7 +62,8 @@ def comfyui(networks, comfyui_path):
     weights = {name: tensor for name, tensor in clip.state_dict().items() if "position_ids" not in name}
     level = "" if any(name.startswith("text_model.") for name in weights) else "text_model."
     save_file({level + name: tensor for name, tensor in weights.items()}, folder / "clip.safetensors")
-    export_embedding(0.1 * torch.randn(1, 128), folder / "digit.safetensors", "fp32", ABOUT)
+    vector = {EMBEDDING_KEY: 0.1 * torch.randn(1, 128)}
+    export_part(vector, folder / "digit.safetensors", "fp32", ABOUT, "textual-inversion")
     (folder / "prompt.txt").write_text(PROMPT.format("embedding:digit"))
     command = [sys.executable, str(Path(__file__).with_name("oracle_methods.py")), str(folder)]
     done = subprocess.run(
@@ -113,7 +114,9 @@ def test_an_embedding_in_a_prompt(networks, comfyui):
     folder, _ = networks
     tokenizer = Path((folder / "tokenizer.txt").read_text())
     word = read_embedding(folder / "digit.safetensors", "<digit>", "x")
-    text = encode_prompt(folder / "clip.safetensors", "sd1", PROMPT.format("<digit>"), "x", tokenizer, word)
-    torch.testing.assert_close(text.tokens, comfyui["text"], rtol=1e-3, atol=1e-4)
-    plain = encode_prompt(folder / "clip.safetensors", "sd1", PROMPT.format("it"), "x", tokenizer)
-    assert (text.tokens - plain.tokens).abs().max() > 0.1
+    models = load_text_models(folder / "clip.safetensors", "sd1", "x")
+    plain = encode_ids(models, "sd1", token_ids(PROMPT.format("it"), tokenizer))
+    add_word(models[0], word, "x")
+    text = encode_ids(models, "sd1", token_ids(PROMPT.format("<digit>"), tokenizer, word.text))
+    torch.testing.assert_close(text.context, comfyui["text"], rtol=1e-3, atol=1e-4)
+    assert (text.context - plain.context).abs().max() > 0.1

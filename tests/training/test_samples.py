@@ -4,8 +4,7 @@ import pytest
 import torch
 from comfyui_gcfg.training.objective import Objective
 from comfyui_gcfg.training.picture_grid import labelled_grid
-from comfyui_gcfg.training.samples import guided
-from comfyui_gcfg.training.sampling import sample, starting_noise
+from comfyui_gcfg.training.sampling import guided, sample, starting_noise
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 

@@ -99,19 +99,6 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     assert f"Error: {str(tmp_path)!r} holds no whole checkpoint, expected a run's output.folder" in done.stderr
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-    """CLIP's tokenizer without its merges: each letter is a word's part."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
-    ids = {token: number for number, token in enumerate(vocabulary)}
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({**ids, "<|startoftext|>": 49406, "<|endoftext|>": 49407}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
 def test_the_prompt_mode_trains_a_whole_unet_on_its_prompt(
     config_file, tmp_path, tiny_unet, tiny_clip, tiny_vae, cache, tokenizer
 ):

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from tqdm import tqdm
 from ...gcfg.errors import GuidanceError
 from ..files import remove_unfinished, whole_file
 from ..processes import from_main, join_processes
-from .cache_plan import Job, Plan, list_images, plan_cache, shares
-from .decode import decoded_batches
+from .cache_plan import Job, Plan, list_images, plan_cache
+from .decode import Decoded, decoded_batches
 from .images import Geometry
 from .shards import INCOMPLETE, Recipe, Record, find_shards, read_shard, write_shard
 
@@ -53,6 +52,15 @@ class CacheReport:
     seconds: float
     images_per_second: float
 
+    def lines(self, cache: str) -> list[str]:
+        """Return what the command prints of the folder `cache`."""
+        text = (
+            f"{self.encoded:,} images encoded, {self.reused:,} kept, in {self.shards:,} files: {cache} "
+            f"({self.seconds:.1f} s, {self.images_per_second:.1f} images per second)"
+        )
+        broken = f"{self.broken:,} broken images were skipped: {Path(cache) / QUARANTINE}"
+        return [text, broken] if self.broken else [text]
+
 
 def build_cache(
     images: Path,
@@ -60,10 +68,9 @@ def build_cache(
     vae: Any,
     recipe: Recipe,
     *,
-    shard_size: int = 512,
-    batch_size: int = 8,
-    workers: int = 2,
-    progress: bool = True,
+    shard_size: int,
+    batch_size: int,
+    workers: int,
 ) -> CacheReport:
     """Bring a cache up to date with a folder of images; called by every process of a run.
 
@@ -75,7 +82,6 @@ def build_cache(
         shard_size: images per new shard.
         batch_size: images the VAE takes at once; halved when memory runs out.
         workers: processes that decode images; 0: none.
-        progress: whether the main process shows a bar.
 
     Raises: GuidanceError: if there are no images, the disk is full, memory does not hold one image, or the VAE gives
         NaN. What was finished before stays, and the next run goes on from there.
@@ -84,17 +90,25 @@ def build_cache(
     state = join_processes()
     plan = from_main(lambda: _prepare(images, cache, recipe, shard_size, max(1, workers)))
     planned = time.monotonic()
-    jobs = shares(plan.jobs, state.process_index, state.num_processes)
+    jobs = plan.jobs[state.process_index :: state.num_processes]
     encoder = _Encoder(vae, recipe, batch_size)
     todo = sum(len(job.todo) for job in jobs)
     bar = tqdm(
         total=todo,
         desc="caching" if state.num_processes == 1 else f"caching (process 1 of {state.num_processes})",
         unit="image",
-        disable=not (todo and progress and state.is_main_process),
+        disable=not (todo and state.is_main_process),
     )
-    with _explaining_dead_workers(), bar:
-        _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
+    try:
+        with bar:
+            _run_jobs(jobs, images, cache, encoder, batch_size, workers, bar)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise GuidanceError(
+            "A process that decodes images was killed, most likely because memory ran out; lower data.workers, "
+            "and run the same command again."
+        ) from error
     state.wait_for_everyone()
     seconds = time.monotonic() - planned
     good, broken, shards = from_main(lambda: _finish(cache, plan))
@@ -130,29 +144,25 @@ def _finish(cache: Path, plan: Plan) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class _Fresh:
-    """Images encoded now: their records by path, and of the good ones geometry and latents (C, h, w) by name."""
+class _Row:
+    """An image in a shard; of a good one geometry and latents too: (N, C, h, w) float16, N as in `Recipe.names`."""
 
-    records: dict[str, Record]
-    geometry: dict[str, Geometry]
-    latents: dict[str, dict[str, Tensor]]
+    record: Record
+    geometry: Geometry | None = None
+    latents: Tensor | None = None
 
 
 def _run_jobs(
-    jobs: list[Job], images: Path, cache: Path, encoder: _Encoder, batch_size: int, workers: int, bar: tqdm[None]
+    jobs: Sequence[Job], images: Path, cache: Path, encoder: _Encoder, batch_size: int, workers: int, bar: tqdm[None]
 ) -> None:
     groups = decoded_batches(images, [job.todo for job in jobs], encoder.recipe, batch_size, workers)
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as writer:  # left only when the shard in its hands is on the disk, or gone
         for job, batches in zip(jobs, groups, strict=True):
-            fresh = _Fresh({}, {}, {})
+            fresh: dict[str, _Row] = {}
             for batch in batches:
-                good = [record for record in batch.records if not record.reason]
-                fresh.records.update((record.path, record) for record in batch.records)
-                fresh.geometry.update(zip((record.path for record in good), batch.geometry, strict=True))
-                if good:
-                    fresh.latents.update(encoder(batch.pixels, [record.path for record in good]))
-                bar.update(len(batch.records))
+                fresh.update((row.record.path, row) for row in encoder(batch))
+                bar.update(len(batch))
             while len(pending) > 1:
                 pending.popleft().result()
             pending.append(writer.submit(_write, job, cache, encoder.recipe, fresh))
@@ -160,32 +170,28 @@ def _run_jobs(
             future.result()
 
 
-def _write(job: Job, cache: Path, recipe: Recipe, fresh: _Fresh) -> None:
+def _write(job: Job, cache: Path, recipe: Recipe, fresh: Mapping[str, _Row]) -> None:
     """Put kept and fresh latents together and write the shard."""
-    old = _kept_rows(job, recipe)
-    records = [fresh.records.get(path) or job.kept[path] for path in job.paths]
-    good = [record.path for record in records if not record.reason]
-    latents = {**old.latents, **fresh.latents}
-    geometry = {**old.geometry, **fresh.geometry}
-    tensors = {
-        name: torch.stack([latents[path][name] for path in good]) if good else torch.zeros(0, 0, 0, 0).half()
-        for name in recipe.names
-    }
-    write_shard(cache / job.name, recipe, records, tensors, [geometry[path] for path in good])
+    known = {**_kept_rows(job, recipe), **fresh}
+    rows = [known[path] for path in job.paths]
+    latents = [row.latents for row in rows if row.latents is not None]
+    stacked = torch.stack(latents, dim=1) if latents else torch.zeros(len(recipe.names), 0, 0, 0, 0).half()
+    geometry = [row.geometry for row in rows if row.geometry is not None]
+    tensors = dict(zip(recipe.names, stacked, strict=True))
+    write_shard(cache / job.name, recipe, [row.record for row in rows], tensors, geometry)
 
 
-def _kept_rows(job: Job, recipe: Recipe) -> _Fresh:
-    kept = _Fresh({}, {}, {})
+def _kept_rows(job: Job, recipe: Recipe) -> dict[str, _Row]:
+    rows = {path: _Row(record) for path, record in job.kept.items()}
     if job.source is None:
-        return kept
+        return rows
     with safe_open(str(job.source.path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in recipe.names}
+        latents = torch.stack([file.get_tensor(name) for name in recipe.names], dim=1)
         sizes = file.get_tensor("geometry").tolist()
-        for row, entry in enumerate(job.source.entries):
-            if entry.path in job.kept:
-                kept.geometry[entry.path] = Geometry(*sizes[row])
-                kept.latents[entry.path] = {name: tensor[row].clone() for name, tensor in tensors.items()}
-    return kept
+    for entry, size, values in zip(job.source.entries, sizes, latents, strict=True):
+        if entry.path in job.kept:
+            rows[entry.path] = _Row(job.kept[entry.path], Geometry(*size), values)
+    return rows
 
 
 class _Encoder:
@@ -196,31 +202,34 @@ class _Encoder:
         self._vae = vae
         self._batch_size = batch_size
 
-    def __call__(self, pixels: Tensor, paths: list[str]) -> dict[str, dict[str, Tensor]]:
-        """Encode (b, h, w, 3) uint8 images; return each one's latents by path and name, (C, h, w) float16."""
-        done: dict[str, dict[str, Tensor]] = {}
-        while len(done) < len(paths):
-            part = slice(len(done), len(done) + self._batch_size)
+    def __call__(self, batch: Sequence[Decoded]) -> list[_Row]:
+        """Encode the good images of a batch."""
+        good = [image for image in batch if image.pixels is not None]
+        rows = [_Row(image.record) for image in batch if image.pixels is None]
+        while good:
+            part = good[: self._batch_size]
             try:
-                latents = self._encode(pixels[part])
+                latents = self._encode(torch.stack([image.pixels for image in part]))  # type: ignore[misc]
             except RuntimeError as error:
                 if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
-                size = min(self._batch_size, len(paths) - len(done))
                 latents = None
             if latents is None:  # outside the handler, whose traceback holds the memory
-                self._halve(size)
+                self._halve(len(part))
                 continue
-            for row, path in enumerate(paths[part]):
-                done[path] = {name: tensor[row] for name, tensor in latents.items()}
-                if not all(bool(tensor.isfinite().all()) for tensor in done[path].values()):
+            for image, values in zip(part, latents, strict=True):
+                if not values.isfinite().all():
                     raise GuidanceError(
-                        f"The VAE gives NaN or infinite latents for {path!r} in {str(self._vae.dtype)[6:]}; encode in "
-                        "float32 or bfloat16 (SDXL's own VAE overflows in float16), or use another file for model.vae."
+                        f"The VAE gives NaN or infinite latents for {image.record.path!r} in "
+                        f"{str(self._vae.dtype)[6:]}; encode in float32 or bfloat16 (SDXL's own VAE overflows in "
+                        "float16), or use another file for model.vae."
                     )
-        return done
+                rows.append(_Row(image.record, image.geometry, values))
+            good = good[len(part) :]
+        return rows
 
-    def _encode(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Return the latents of (b, h, w, 3) uint8 images, (b, N, C, h / 8, w / 8) float16, on the CPU."""
         with torch.inference_mode():
             # [0, 255] -> [-1, 1], as the VAE was trained
             x = pixels.to(self._vae.device).permute(0, 3, 1, 2).to(self._vae.dtype) / 127.5 - 1
@@ -228,7 +237,7 @@ class _Encoder:
             for view in (x, x.flip(-1)) if self.recipe.flips else (x,):
                 distribution = self._vae.encode(view).latent_dist
                 latents += [distribution.mean.half().cpu(), distribution.std.half().cpu()]
-        return dict(zip(self.recipe.names, latents, strict=True))
+            return torch.stack(latents, dim=1)
 
     def _halve(self, failed: int) -> None:
         clear_device_cache(garbage_collection=True)
@@ -238,19 +247,6 @@ class _Encoder:
                 "lower the resolution, or encode on a device with more memory."
             )
         self._batch_size = failed // 2
-
-
-@contextmanager
-def _explaining_dead_workers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise GuidanceError(
-            "A process that decodes images was killed, most likely because memory ran out; lower data.workers, "
-            "and run the same command again."
-        ) from error
 
 
 def _one_line(path: str) -> str:

@@ -7,7 +7,7 @@ shards are named after what is in them, and one that is finished drops out of th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...gcfg.errors import GuidanceError
 from ..files import sha256_of
-from .images import find_images
+from .images import find_images, unlistable
 from .shards import Recipe, Record, Shard, find_shards, read_shard, shard_name
 
 
@@ -46,6 +46,12 @@ class Job:
     def todo(self) -> list[str]:
         """The images to read and encode."""
         return [path for path in self.paths if path not in self.kept]
+
+    @property
+    def done(self) -> bool:
+        """Whether the shard is there already, as it should be."""
+        source = self.source
+        return source is not None and source.path.name == self.name and source.records == sorted(self.kept.values())
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,7 @@ def list_images(folder: Path) -> dict[str, FileState]:
     try:
         states = {path.relative_to(folder).as_posix(): file_state(path) for path in find_images(folder)}
     except OSError as error:
-        raise GuidanceError(
-            f"data.images {str(folder)!r} cannot be listed: {error.strerror or error} ({error.filename}); "
-            "make all of its folders readable, or move that one away."
-        ) from error
+        raise unlistable(f"data.images {str(folder)!r}", error) from error
     if not states:
         raise GuidanceError(
             f"data.images {str(folder)!r} holds no image, expected .jpg, .jpeg, .png or .webp files; correct the path."
@@ -115,32 +118,26 @@ def plan_cache(
     """
     shards = [shard for path in find_shards(cache) if (shard := _readable(path)) and shard.recipe == recipe]
     # After a crash a shard may stand beside the complete one that took over what is left of it: that one has it.
-    shards.sort(key=lambda shard: (not _complete(shard, states), shard.path.name))
+    shards.sort(key=lambda shard: (any(r.path not in states for r in shard.records), shard.path.name))
+    holds = _unchanged(images, [record for shard in shards for record in shard.records], states, threads)
     taken: set[str] = set()
     jobs: list[Job] = []
-    names: set[str] = set()
-    reused = 0
-    holds = _unchanged(images, (record for shard in shards for record in _records(shard)), states, threads)
     for shard in shards:
-        left = [record for record in _records(shard) if record.path in states and record.path not in taken]
-        if not left:
-            continue
-        members = tuple(record.path for record in left)
-        taken.update(members)
-        records = {record.path: record for record in left if record in holds}
-        kept = {path: record._replace(**states[path]._asdict()) for path, record in records.items()}
-        reused += sum(not record.reason for record in kept.values())
-        name = shard_name(recipe, members)
-        names.add(name)
-        if name != shard.path.name or len(kept) < len(members) or kept != records:
-            jobs.append(Job(name, members, kept, shard))
+        left = [record for record in shard.records if record.path in states and record.path not in taken]
+        if members := tuple(record.path for record in left):
+            taken.update(members)
+            kept = {r.path: r._replace(**states[r.path]._asdict()) for r in left if r in holds}
+            jobs.append(Job(shard_name(recipe, members), members, kept, shard))
     new = [path for path in states if path not in taken]
     for start in range(0, len(new), shard_size):
         members = tuple(new[start : start + shard_size])
         jobs.append(Job(shard_name(recipe, members), members, {}, None))
-    names.update(job.name for job in jobs)
-    stale = tuple(path for path in find_shards(cache) if path.name not in names)
-    return Plan(tuple(jobs), stale, reused)
+    names = {job.name for job in jobs}
+    return Plan(
+        jobs=tuple(job for job in jobs if not job.done),
+        stale=tuple(path for path in find_shards(cache) if path.name not in names),
+        reused=sum(not record.reason for job in jobs for record in job.kept.values()),
+    )
 
 
 def _readable(path: Path) -> Shard | None:
@@ -148,14 +145,6 @@ def _readable(path: Path) -> Shard | None:
         return read_shard(path)
     except GuidanceError:  # damaged, or of another version: made anew
         return None
-
-
-def _records(shard: Shard) -> list[Record]:
-    return sorted(shard.entries + shard.broken)
-
-
-def _complete(shard: Shard, states: Mapping[str, FileState]) -> bool:
-    return all(record.path in states for record in shard.entries + shard.broken)
 
 
 def _unchanged(images: Path, records: Iterable[Record], states: Mapping[str, FileState], threads: int) -> set[Record]:
@@ -175,8 +164,3 @@ def _unchanged(images: Path, records: Iterable[Record], states: Mapping[str, Fil
         digests = pool.map(lambda record: content_digest(images / record.path), doubtful)
         holds.update(record for record, digest in zip(doubtful, digests, strict=True) if digest == record.sha256)
     return holds
-
-
-def shares(jobs: Sequence[Job], rank: int, world: int) -> list[Job]:
-    """Return one process's part of the jobs."""
-    return list(jobs[rank::world])

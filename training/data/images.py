@@ -10,12 +10,15 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ...gcfg.errors import GuidanceError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # by content; Pillow's many other readers are not let near unknown files
@@ -25,23 +28,27 @@ MAX_ASPECT = 32  # beyond it, fitting to a square leaves nothing to learn from
 Fit = Literal["resize", "centre_crop"]
 Pixels = npt.NDArray[np.uint8]
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 # Pillow warns at half the size at which it refuses; MAX_PIXELS is the one limit here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BrokenImage(ValueError):
     """Why an image cannot be used: a short reason on one line, to stand after its path."""
+
+
+def why_unusable(error: BrokenImage | OSError | MemoryError) -> str:
+    """Return the reason why an image cannot be used, whatever came of reading it."""
+    if isinstance(error, MemoryError):
+        return "too large for the memory there was"
+    return f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+
+
+def unlistable(source: str, error: OSError) -> GuidanceError:
+    """Return the error of a folder that the system does not let us walk; `source` is its start."""
+    return GuidanceError(
+        f"{source} cannot be listed: {error.strerror or error} ({error.filename}); "
+        "make all of its folders readable, or move that one away."
+    )
 
 
 class Geometry(NamedTuple):
@@ -129,14 +136,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises: BrokenImage: if its palette or transparency is damaged.
     """
+    with suppress(Exception):  # damaged EXIF: the picture itself is good
+        ImageOps.exif_transpose(image, in_place=True)
     try:
-        rgb = _rgb(image)
+        return _rgb(image)
     except MemoryError:
         raise
     except Exception as error:
         raise _undecodable(error) from error
-    turn = _UPRIGHT.get(_orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
 
 
 def read_image(data: bytes) -> Image.Image:
@@ -190,13 +197,6 @@ def _from_16_bit_grey(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
-
-
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged EXIF: the picture itself is good
-        return None
 
 
 def _undecodable(error: Exception) -> BrokenImage:

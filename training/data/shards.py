@@ -80,6 +80,11 @@ class Shard:
     broken: tuple[Record, ...]
     shape: tuple[int, ...]  # of one latent: (C, h, w)
 
+    @property
+    def records(self) -> list[Record]:
+        """All of its images, sorted by path."""
+        return sorted(self.entries + self.broken)
+
 
 def vae_fingerprint(vae: Any) -> str:
     """Return a sha256 of all that decides the latents of diffusers' AutoencoderKL.

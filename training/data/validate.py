@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from ...gcfg.errors import GuidanceError
-from .images import BrokenImage, find_images, is_image_name, open_image, to_rgb, walk_files
+from .images import BrokenImage, is_image_name, open_image, to_rgb, unlistable, walk_files, why_unusable
 from .shards import INCOMPLETE, Shard, find_shards, read_shard, recipe_difference
 
 SHOWN = 20  # examples of each kind in the report
@@ -53,22 +53,20 @@ def validate(path: Path, resolution: int | None = None, threads: int = 4) -> Val
     try:
         return _validate_images(path, resolution, threads)
     except OSError as error:
-        raise GuidanceError(
-            f"DATA {str(path)!r} cannot be listed: {error.strerror or error} ({error.filename}); "
-            "make all of its folders readable, or move that one away."
-        ) from error
+        raise unlistable(f"DATA {str(path)!r}", error) from error
 
 
 def _validate_images(folder: Path, resolution: int | None, threads: int) -> Validation:
-    paths = find_images(folder)
-    others = sum(not is_image_name(path) for path in walk_files(folder))
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in walk_files(folder))
+    paths = [(name, path) for name, path in files if is_image_name(path)]
+    others = len(files) - len(paths)
     if not paths:
         raise GuidanceError(
             f"DATA {str(folder)!r} holds no image and no cached latents ({others} other files), expected .jpg, .jpeg, "
             ".png or .webp files; name another folder."
         )
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        images = list(pool.map(lambda path: _look_at(path, path.relative_to(folder).as_posix()), paths))
+        images = list(pool.map(_look_at, paths))
     good = [image for image in images if not image.reason]
     broken = [f"{image.name}: {image.reason}" for image in images if image.reason]
     lines = [f"{len(paths)} images: {len(good)} good, {len(broken)} broken"]
@@ -86,17 +84,14 @@ def _validate_images(folder: Path, resolution: int | None, threads: int) -> Vali
     return Validation(tuple(lines), not broken)
 
 
-def _look_at(path: Path, name: str) -> _Image:
+def _look_at(file: tuple[str, Path]) -> _Image:
+    name, path = file
     try:
         data = path.read_bytes()
         image = open_image(data)
         kind, upright = f"{image.format} {image.mode}", to_rgb(image)
-    except BrokenImage as error:
-        return _Image(name, str(error))
-    except OSError as error:
-        return _Image(name, f"cannot be read: {error.strerror or error}")
-    except MemoryError:
-        return _Image(name, "too large for the memory there was")
+    except (BrokenImage, OSError, MemoryError) as error:
+        return _Image(name, why_unusable(error))
     return _Image(name, "", kind, upright.size, hashlib.sha256(data).hexdigest())
 
 
@@ -122,7 +117,7 @@ def _validate_cache(folder: Path, resolution: int | None) -> Validation:
     for shard in shards[1:]:
         if difference := recipe_difference(shard.recipe, shards[0].recipe, shards[0].path.name):
             problems.append(f"{shard.path.name}: made {difference}")
-    times = Counter(record.path for shard in shards for record in shard.entries + shard.broken)
+    times = Counter(record.path for shard in shards for record in shard.records)
     problems += [f"{path}: in the cache {count} times" for path, count in sorted(times.items()) if count > 1]
     if resolution is not None and shards and shards[0].recipe.resolution != resolution:
         problems.append(f"made with data.resolution = {shards[0].recipe.resolution}, expected {resolution}")

@@ -26,10 +26,7 @@ _ADAPTER = "default"  # peft's name of the first one, a part of its weights' nam
 def add_lora(unet: nn.Module, rank: int, seed: int) -> None:
     """Put a LoRA of scale 1 on every attention projection; its weights are then the only ones that are trained.
 
-    Args:
-        unet: the prior's UNet, which is changed.
-        rank: of every pair of matrices.
-        seed: decides A, the half that does not start at 0.
+    The seed decides A, the half that does not start at 0.
     """
     _inject(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS)), unet, seed)
 
@@ -37,9 +34,7 @@ def add_lora(unet: nn.Module, rank: int, seed: int) -> None:
 def add_oft(unet: nn.Module, block_size: int) -> None:
     """Put an orthogonal rotation on every attention projection's input; they are then all that is trained.
 
-    Args:
-        unet: the prior's UNet, which is changed.
-        block_size: side of the blocks of each rotation; 0 for four blocks of whatever side that makes.
+    It turns blocks of side `block_size`; 0 for four blocks of whatever side that makes.
 
     Raises: GuidanceError: if a projection's input cannot be cut into such blocks.
     """
@@ -75,11 +70,7 @@ def merge_adapters(unet: nn.Module) -> None:
 
 
 def lora_file(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a LoRA's weights in kohya's keys, which the LoRA loaders of ComfyUI and others read.
-
-    Args:
-        weights: by peft's names: '....to_q.lora_A.default.weight'.
-    """
+    """Return a LoRA's weights, by peft's names, in kohya's keys, which the LoRA loaders of ComfyUI and others read."""
     unet = {f"unet.{name.replace(f'.{_ADAPTER}.', '.')}": tensor for name, tensor in weights.items()}
     file: dict[str, Tensor] = convert_state_dict_to_kohya(unet)
     return file

@@ -9,22 +9,18 @@ from torch import Tensor, nn
 
 from ..attention import share_prompts
 from ..config import ModelConfig
-from ..prior.learned_token import LearnedToken
 from ..prior.model import Prior
 from ..prior.text_encoder import padded_ids, token_ids
 from .adapters import add_lora, add_oft, merge_adapters
-from .textual_inversion import InvertedUNet, initial_vector
+from .textual_inversion import InvertedUNet, LearnedToken, initial_vector
 
 CROSS_ATTENTION = ("attn2.to_k.weight", "attn2.to_v.weight")  # what text becomes first; Kumari et al. 2022, section 3.1
 
 
 def prompted(prior: Prior, model: ModelConfig, seed: int) -> nn.Module:
-    """Return the prior's UNet made ready for a method: only what it learns requires a gradient.
+    """Return the prior's UNet, read anew, made ready for a method: only what it learns requires a gradient.
 
-    Args:
-        prior: whose UNet, and for Textual Inversion text encoder, is read anew.
-        model: of mode 'prompt'.
-        seed: decides what does not start at 0 or at the prior's weights.
+    The seed decides what starts neither at 0 nor at the prior's weights.
 
     Raises: GuidanceError: if the method does not fit the prior.
     """
@@ -45,10 +41,7 @@ def prompted(prior: Prior, model: ModelConfig, seed: int) -> nn.Module:
 def ordinary_unet(prior: Prior, model: ModelConfig, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict, in diffusers' keys, of the UNet that computes what a method has learned.
 
-    Args:
-        prior: that the run started from.
-        model: the run's; not of Textual Inversion, whose UNet is the prior's.
-        trained: the weights that the run trained, by their names in its network.
+    That is the prior's with the weights `trained`, by their names in the run's network. Textual Inversion has none.
 
     Raises: GuidanceError: if a merged weight is NaN or infinite.
     """

@@ -5,6 +5,7 @@ context = text_encoder(..., v, ...)          eps = UNet(x, t, context)          
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,68 @@ import torch
 from torch import Tensor, nn
 
 from ...gcfg.errors import GuidanceError
-from ..prior.learned_token import LearnedToken, add_word
-from ..prior.text_encoder import token_ids
+from ...gcfg.safetensors_file import LazyStateDict, read_header
+from ..prior.text_encoder import LEARNED_ID, token_ids
 
 TOKEN = "token"  # the trained weight's name
+EMBEDDING_KEY = "emb_params"  # in the files that ComfyUI, A1111 and diffusers read
+
+
+@dataclass(frozen=True)
+class LearnedToken:
+    """A word and what it means.
+
+    Attributes:
+        text: how prompts write it, for example '<digit>'.
+        vector: (1, D), D the width of the text encoder.
+    """
+
+    text: str
+    vector: Tensor
+
+
+class _ExtendedEmbedding(nn.Module):
+    """A text encoder's token embedding with one token more, LEARNED_ID."""
+
+    def __init__(self, embedding: nn.Module, vector: Tensor) -> None:
+        super().__init__()
+        self.known = embedding
+        self.vector = vector
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the vectors of token numbers (B, T), (B, T, D)."""
+        learned = ids == LEARNED_ID
+        known = self.known(ids.masked_fill(learned, 0))
+        return torch.where(learned[..., None], self.vector.to(known), known)
+
+
+def add_word(model: nn.Module, learned: LearnedToken, source: str) -> None:
+    """Teach a CLIPTextModel a word; its vector stays what it is, so a Parameter may be trained there.
+
+    Raises: GuidanceError: if the word is one of a text encoder of another width; `source` is its start.
+    """
+    known = model.get_input_embeddings()  # type: ignore[operator]
+    found, width = tuple(learned.vector.shape), known.embedding_dim
+    if found != (1, width):
+        raise GuidanceError(
+            f"{source} has a text encoder of width {width}, for which the embedding of {learned.text!r} has the shape "
+            f"{found}, expected (1, {width}); use the prior that it was trained on."
+        )
+    model.set_input_embeddings(_ExtendedEmbedding(known, learned.vector))  # type: ignore[operator]
+
+
+def read_embedding(path: Path, text: str, source: str) -> LearnedToken:
+    """Read the file of a Textual Inversion, 'emb_params' (1, D), of a token that prompts write as `text`.
+
+    Raises: GuidanceError: if it is none; `source` is its start: "models.inversion.embedding 'path'".
+    """
+    shapes = read_header(path, source).shapes
+    if EMBEDDING_KEY not in shapes:
+        raise GuidanceError(
+            f"{source} holds no {EMBEDDING_KEY!r}, expected an SD1.x or SD2.x embedding; name the file that "
+            "`gcfg train` wrote with model.method 'textual_inversion'."
+        )
+    return LearnedToken(text, LazyStateDict(path)[EMBEDDING_KEY].float().clone())
 
 
 class InvertedUNet(nn.Module):
@@ -26,11 +85,7 @@ class InvertedUNet(nn.Module):
     def __init__(self, unet: nn.Module, text_encoder: nn.Module, ids: Tensor, word: LearnedToken) -> None:
         """Freeze UNet and text encoder, and give the latter the word, whose vector is then all that is trained.
 
-        Args:
-            unet: the prior's.
-            text_encoder: the prior's, a CLIPTextModel.
-            ids: the prompt's token numbers with the word among them, (1, 77).
-            word: with what it means at first.
+        `ids` are the prompt's token numbers with the word among them, (1, 77).
         """
         super().__init__()
         self.token = nn.Parameter(word.vector.clone())

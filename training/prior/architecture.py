@@ -31,10 +31,6 @@ def unet_config(shapes: Shapes, source: str = "The UNet") -> Config:
     Heads: diffusers calls their number `attention_head_dim`. SD1.x, whose projections are convolutions, has 8
     everywhere; later families have heads of 64 channels.
 
-    Args:
-        shapes: every tensor's shape by bare LDM key.
-        source: start of every error.
-
     Raises: GuidanceError: if it is no prior for this trainer (an inpainting, unCLIP or refiner UNet), or no UNet that
         diffusers' class can be.
     """
@@ -114,23 +110,26 @@ def pooled_width(config: Config) -> int:
 
 
 def refuse_mismatch(expected: Shapes, found: Shapes, source: str) -> None:
-    """Check that a model built from a configuration is the one in the file.
+    """Check that the model that diffusers builds from a configuration is the one in the file.
 
-    Args:
-        expected: shapes of the model built by diffusers.
-        found: shapes of the file's model, in the same naming.
-        source: start of the error.
-
-    Raises: GuidanceError: naming the first difference.
+    Raises: GuidanceError: naming the first difference; `source` is its start.
     """
     differing = [key for key in dict.fromkeys((*expected, *found)) if expected.get(key) != found.get(key)]
     if differing:
         key = differing[0]
-        raise GuidanceError(
-            f"{source} has a structure that diffusers' UNet2DConditionModel cannot take ({key}: expected "
-            f"{expected.get(key, 'nothing')}, got {found.get(key, 'nothing')}, and {len(differing) - 1} more); "
-            "use a model of the SD1.x, SD2.x or SDXL layout."
+        raise cannot_be_built(
+            source,
+            f"{key}: expected {expected.get(key, 'nothing')}, got {found.get(key, 'nothing')}, and "
+            f"{len(differing) - 1} more",
         )
+
+
+def cannot_be_built(source: str, why: str) -> GuidanceError:
+    """Return the error of a UNet that is none of diffusers'."""
+    return GuidanceError(
+        f"{source} has a structure that diffusers' UNet2DConditionModel cannot take ({why}); "
+        "use a model of the SD1.x, SD2.x or SDXL layout."
+    )
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:

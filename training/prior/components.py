@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from ...gcfg.safetensors_file import CONVERT, PICKLE_SUFFIXES, read_header
 
 UNET_WEIGHTS = "diffusion_pytorch_model"  # also the VAE's
 TEXT_WEIGHTS = "model"
-TAESD_FIRST = ("taesd_encoder.0.weight", "taesd_decoder.1.weight")  # the latter is ComfyUI's mark of one
 
 
 def component(folder: Path, name: str, class_name: str | tuple[str, ...], source: str) -> Path:
@@ -72,3 +72,25 @@ def weight_files(folder: Path, stem: str, source: str) -> tuple[str | None, list
         return None, plain
     variant = files[0].name.removeprefix(f"{stem}.").split(".")[0].split("-")[0]
     return variant, [path for path in files if path.name.startswith(f"{stem}.{variant}")]
+
+
+def load_component(
+    library_class: Any, folder: Path, stem: str, source: str, misfit: Callable[[str], GuidanceError]
+) -> tuple[Any, list[str]]:
+    """Read a component in float32 by a library's own class; return it, and the names of the weights that are missing.
+
+    Raises: GuidanceError: see `weight_files`; or `misfit` of what the library says, if it cannot read the files.
+    """
+    variant, _ = weight_files(folder, stem, source)
+    try:
+        model, info = library_class.from_pretrained(
+            str(folder), variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise misfit(first_line(error)) from error
+    return model.float().eval(), sorted(info["missing_keys"])
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library says on one line, cut to 200 characters."""
+    return " ".join(str(error).split())[:200]

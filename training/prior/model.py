@@ -6,24 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from .architecture import FAMILY_NAMES, Family, family_of, pooled_width
 from .components import read_json
-from .learned_token import LearnedToken
-from .text_encoder import TextEmbedding, encode_prompt, load_text_model
+from .text_encoder import Conditions, encode_prompt, load_text_models
 from .unet import UNetSource, find_unet, load_unet
-from .vae import load_vae
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
-    from .vae import Autoencoder
+from .vae import Autoencoder, load_vae
 
 Prediction = Literal["eps", "v", "flow"]
 
@@ -76,42 +70,30 @@ class Prior:
         """Name of the UNet's weights, see `fingerprint`."""
         return self.unet.fingerprint
 
-    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-        """Read the UNet, in evaluation mode."""
-        return load_unet(self.unet, dtype)
+    def load_unet(self) -> UNet2DConditionModel:
+        """Read the UNet in float32, in evaluation mode."""
+        return load_unet(self.unet)
 
     def load_vae(self, other: Path | None = None) -> Autoencoder:
         """Read the autoencoder, the prior's own or the one at `other`, in evaluation mode, without gradients."""
         return load_vae(other or self.path, self.family, self.source("vae", other))
 
-    def encode_prompt(
-        self,
-        prompt: str,
-        text_encoder: Path | None = None,
-        tokenizer: Path | None = None,
-        learned: LearnedToken | None = None,
-    ) -> TextEmbedding:
-        """Encode a prompt with the prior's own text encoder, or the one at `text_encoder`.
-
-        Args:
-            prompt: what to encode.
-            text_encoder: a checkpoint, a text encoder's file or a diffusers folder.
-            tokenizer: folder with vocab.json and merges.txt.
-            learned: a word of Textual Inversion that may stand in the prompt.
+    def encode_prompt(self, prompt: str, text_encoder: Path | None = None, tokenizer: Path | None = None) -> Conditions:
+        """Encode a prompt with the prior's own text encoder, or the one at `text_encoder`; see `encode_prompt`.
 
         Raises: GuidanceError: also if the embedding is not of the widths that the UNet reads.
         """
         source = self.source("text_encoder", text_encoder)
-        text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer, learned)
+        text = encode_prompt(text_encoder or self.path, self.family, prompt, source, tokenizer)
         self.refuse_other_widths(text, source)
         return text
 
-    def refuse_other_widths(self, text: TextEmbedding, source: str) -> None:
+    def refuse_other_widths(self, text: Conditions, source: str) -> None:
         """Check that an embedding is of the widths that the UNet reads.
 
         Raises: GuidanceError: if it is not; `source` is its start.
         """
-        found = (text.tokens.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
+        found = (text.context.shape[-1], 0 if text.pooled is None else text.pooled.shape[-1])
         if found != (self.context_dim, self.pooled_dim):
             raise GuidanceError(
                 f"{source} gives text of the widths {found}, expected {(self.context_dim, self.pooled_dim)} for "
@@ -119,8 +101,18 @@ class Prior:
             )
 
     def load_text_model(self, text_encoder: Path | None = None) -> nn.Module:
-        """Read the one text encoder of SD1.x or SD2.x, the prior's own or the one at `text_encoder`."""
-        return load_text_model(text_encoder or self.path, self.family, self.source("text_encoder", text_encoder))
+        """Read the one text encoder of SD1.x or SD2.x, the prior's own or the one at `text_encoder`.
+
+        Raises: GuidanceError: if there is none, or the family has two.
+        """
+        source = self.source("text_encoder", text_encoder)
+        models = load_text_models(text_encoder or self.path, self.family, source)
+        if len(models) > 1:
+            raise GuidanceError(
+                f"{source} has two text encoders, expected the one of SD1.x or SD2.x to give a new word; "
+                "use another method, or a prior of those families."
+            )
+        return models[0]
 
     def source(self, key: str, other: Path | None) -> str:
         """Return how the user knows the file of a part, the start of every error."""
@@ -130,13 +122,9 @@ class Prior:
 
 
 def open_prior(checkpoint: Path, section: str = "model") -> Prior:
-    """Recognise a prior.
+    """Recognise a prior: a single-file checkpoint, a bare UNet file or a diffusers folder.
 
-    Args:
-        checkpoint: a single-file checkpoint, a bare UNet file or a diffusers folder.
-        section: of the config that names it.
-
-    Raises: GuidanceError: one sentence, naming `model.checkpoint`.
+    Raises: GuidanceError: one sentence, naming the `checkpoint` of that section of the config.
     """
     source = f"{section}.checkpoint {str(checkpoint)!r}"
     unet = find_unet(checkpoint, source)
@@ -149,8 +137,7 @@ def _prediction(checkpoint: Path, unet: UNetSource) -> tuple[Prediction, bool]:
     if os.path.isdir(checkpoint):
         path = checkpoint / "scheduler" / "scheduler_config.json"
         return _of_scheduler(read_json(path, unet.source), unet.source) if path.is_file() else ("eps", False)
-    header = read_header(checkpoint, unet.source)
-    return _of_file(header.metadata, header.shapes, LazyStateDict(checkpoint), unet)
+    return _of_file(checkpoint, unet)
 
 
 def _of_scheduler(config: Mapping[str, object], source: str) -> tuple[Prediction, bool]:
@@ -162,18 +149,15 @@ def _of_scheduler(config: Mapping[str, object], source: str) -> tuple[Prediction
     return _BY_NAME[name], bool(config.get("rescale_betas_zero_snr", False))
 
 
-def _of_file(
-    metadata: Mapping[str, str], keys: Mapping[str, object], lazy: Mapping[str, torch.Tensor], unet: UNetSource
-) -> tuple[Prediction, bool]:
+def _of_file(checkpoint: Path, unet: UNetSource) -> tuple[Prediction, bool]:
+    header = read_header(checkpoint, unet.source)
+    keys = header.shapes
     if any(key.startswith(("edm_mean", "edm_vpred.")) for key in keys):
         raise GuidanceError(f"{unet.source} was trained in the EDM way, expected an eps, v or flow model.")
-    zero_terminal_snr = "ztsnr" in keys
+    prediction = _BY_NAME.get(header.metadata.get("modelspec.prediction_type", ""))
     if "v_pred" in keys:
-        return "v", zero_terminal_snr
-    stated = metadata.get("modelspec.prediction_type", "")
-    if stated in _BY_NAME:
-        return _BY_NAME[stated], zero_terminal_snr
-    if family_of(unet.config) == "sd2" and _SD2_MARK in unet.keys:
-        spread = lazy[unet.keys[_SD2_MARK]].float().std(unbiased=False)
-        return ("v" if spread > _SD2_SPREAD else "eps"), zero_terminal_snr
-    return "eps", zero_terminal_snr
+        prediction = "v"
+    if prediction is None and family_of(unet.config) == "sd2" and _SD2_MARK in unet.keys:
+        bias = LazyStateDict(checkpoint)[unet.keys[_SD2_MARK]].float()
+        prediction = "v" if bias.std(unbiased=False) > _SD2_SPREAD else "eps"
+    return prediction or "eps", "ztsnr" in keys

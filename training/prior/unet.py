@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from ...gcfg.concept_file import describe
 from ...gcfg.errors import GuidanceError
 from ...gcfg.safetensors_file import LazyStateDict, read_header
 from ...gcfg.unet_keys import diffusers_to_ldm, ldm_to_diffusers
-from .architecture import Config, refuse_mismatch, refuse_unsuitable, unet_config
-from .components import UNET_WEIGHTS, component, read_json, weight_files
-from .fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from .architecture import Config, cannot_be_built, refuse_mismatch, refuse_unsuitable, unet_config
+from .components import UNET_WEIGHTS, component, load_component, read_json, weight_files
 
 _UNET_KEY = re.compile(r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.")
+_SAMPLE = 64  # values at either end of a tensor that a fingerprint sees
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,7 @@ class UNetSource:
 
 
 def find_unet(checkpoint: Path, source: str) -> UNetSource:
-    """Recognise a UNet file, a whole checkpoint or a diffusers folder.
-
-    Args:
-        checkpoint: the file or folder.
-        source: start of every error: "model.checkpoint 'path'".
+    """Recognise a UNet file, a whole checkpoint or a diffusers folder; `source` starts every error.
 
     Raises: GuidanceError: if it is not a UNet that can be a prior; one sentence.
     """
@@ -77,31 +73,48 @@ def find_unet(checkpoint: Path, source: str) -> UNetSource:
     bare = {key.removeprefix(found.prefix): key for key in header.shapes if key.startswith(found.prefix)}
     keys = diffusers_to_ldm(bare) if found.naming == "diffusers" else bare
     keys = {ldm: key for ldm, key in keys.items() if _UNET_KEY.match(ldm)}
+    shapes = {ldm: header.shapes[key] for ldm, key in keys.items()}
     try:
-        config = unet_config({ldm: header.shapes[key] for ldm, key in keys.items()}, source)
+        config = unet_config(shapes, source)
     except KeyError as error:
         raise GuidanceError(
             f"{source} is incomplete: its UNet's tensor {error} is missing; export or download the file again."
         ) from error
     unet = UNetSource(checkpoint, config, keys, source)
     expected = {key: tuple(tensor.shape) for key, tensor in diffusers_to_ldm(_empty(unet).state_dict()).items()}
-    refuse_mismatch(expected, {ldm: header.shapes[key] for ldm, key in keys.items()}, source)
+    refuse_mismatch(expected, shapes, source)
     return unet
 
 
-def load_unet(found: UNetSource, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """Read a UNet into memory of its own, one tensor at a time; it is in evaluation mode.
+def load_unet(found: UNetSource) -> UNet2DConditionModel:
+    """Read a UNet in float32 into memory of its own, one tensor at a time; it is in evaluation mode.
 
     Raises: GuidanceError: if a diffusers folder's weights do not fit its configuration.
     """
     if not found.keys:
-        return _from_folder(found, dtype)
+        return _from_folder(found)
     unet = _empty(found)
     lazy = LazyStateDict(found.path)
     # A copy even where the dtype is right: the file's memory map is not ours to train in.
-    weights = {ldm: lazy[key].to(dtype, copy=True) for ldm, key in found.keys.items()}
+    weights = {ldm: lazy[key].to(torch.float32, copy=True) for ldm, key in found.keys.items()}
     unet.load_state_dict(ldm_to_diffusers(weights, unet.state_dict()), assign=True)
     return unet.eval()
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over every key, shape and dtype, and the first and last 64 values of each tensor.
+
+    A fine-tune or a merge changes every tensor it touches, so the ends tell models apart; a checkpoint of gigabytes is
+    read in milliseconds when the state dict is lazy.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        tensor = state_dict[key].detach()
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        values = tensor.reshape(-1)
+        for end in (values[:_SAMPLE], values[-_SAMPLE:]):
+            digest.update(end.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _empty(found: UNetSource) -> UNet2DConditionModel:
@@ -109,41 +122,22 @@ def _empty(found: UNetSource) -> UNet2DConditionModel:
 
     Raises: GuidanceError: if diffusers refuses the configuration.
     """
-    from diffusers import UNet2DConditionModel
-
     try:
         with torch.device("meta"):
             unet: UNet2DConditionModel = UNet2DConditionModel.from_config(found.config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise GuidanceError(
-            f"{found.source} has a structure that diffusers' UNet2DConditionModel cannot take ({error}); "
-            "use a model of the SD1.x, SD2.x or SDXL layout."
-        ) from error
+        raise cannot_be_built(found.source, str(error)) from error
     return unet
 
 
-def _from_folder(found: UNetSource, dtype: torch.dtype) -> UNet2DConditionModel:
-    from diffusers import UNet2DConditionModel
+def _from_folder(found: UNetSource) -> UNet2DConditionModel:
+    def misfit(why: str) -> GuidanceError:
+        return GuidanceError(f"{found.source}: diffusers cannot load the UNet ({why}).")
 
-    variant, _ = weight_files(found.path, UNET_WEIGHTS, found.source)
-    try:
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(found.path),
-            variant=variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise GuidanceError(f"{found.source}: diffusers cannot load the UNet ({_line(error)}).") from error
-    if info["missing_keys"]:
+    unet, missing = load_component(UNet2DConditionModel, found.path, UNET_WEIGHTS, found.source, misfit)
+    if missing:
         raise GuidanceError(
-            f"{found.source} lacks weights of its UNet, first {info['missing_keys'][0]!r}; download the folder again."
+            f"{found.source} lacks weights of its UNet, first {missing[0]!r}; download the folder again."
         )
-    loaded: UNet2DConditionModel = unet.eval()
+    loaded: UNet2DConditionModel = unet
     return loaded
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from comfyui_gcfg.evaluation.report import Experiment, page_text, read_published, write_report
-from comfyui_gcfg.evaluation.report.plots import plane_values, tradeoff_points
-from comfyui_gcfg.evaluation.report.stored import Results
+from comfyui_gcfg.evaluation.report.folder import read_published, write_report
+from comfyui_gcfg.evaluation.report.page import Experiment, page_text
+from comfyui_gcfg.evaluation.report.pictures import plane_values, tradeoff_points
+from comfyui_gcfg.evaluation.results import Results
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.testkit.results import conditions, every_result, rows, scan_of, section
 from PIL import Image
@@ -54,7 +56,7 @@ def test_the_page_differs_where_a_number_in_the_json_differs(page):
 
 
 def test_the_order_of_the_files_does_not_matter(stored):
-    assert page_text(stored[::-1], EXPERIMENT, "x") == page_text(stored, EXPERIMENT, "x")
+    assert page_text(Results(stored[::-1]), EXPERIMENT, "x") == page_text(Results(stored), EXPERIMENT, "x")
 
 
 def test_all_that_the_page_refers_to_is_beside_it(page):
@@ -73,8 +75,8 @@ def test_all_that_the_page_refers_to_is_beside_it(page):
 def test_the_published_json_holds_all_but_this_machines_folders(page, stored):
     published, experiment = read_published(page.with_suffix(""))
     assert experiment == EXPERIMENT
-    assert len(published) == len(stored)
-    for each in published:
+    assert len(published.everything) == len(stored)
+    for each in map(asdict, published.everything):
         assert each["files"]["fid.images"]["path"] == "scans"
         original = next(other for other in stored if (other["task"], other["method"]) == (each["task"], each["method"]))
         assert {**each, "files": 0} == {**original, "files": 0}
@@ -142,7 +144,7 @@ def test_stages_seeds_and_hashes_are_told(page):
 
 def test_results_of_two_configs_are_told(stored):
     stored[0]["config"] = {**stored[0]["config"], "sampling": {**stored[0]["config"]["sampling"], "steps": 26}}
-    assert "These results come from more than one config" in page_text(stored, EXPERIMENT, "x")
+    assert "These results come from more than one config" in page_text(Results(stored), EXPERIMENT, "x")
 
 
 def test_a_sheet_shows_the_methods_images_from_the_same_seeds(page):
@@ -209,7 +211,7 @@ def test_a_page_needs_neither_ablations_nor_a_sweep(stored, output, tmp_path):
 def test_the_results_of_a_method_that_is_gone_go_too(page, stored, output):
     fewer = [each for each in stored if each["method"] != "oft"]
     write_report(fewer, EXPERIMENT, page, output, conditions)
-    assert len(read_published(page.with_suffix(""))[0]) == len(fewer)
+    assert len(read_published(page.with_suffix(""))[0].everything) == len(fewer)
     assert "| OFT |" not in page.read_text(encoding="utf-8")
 
 

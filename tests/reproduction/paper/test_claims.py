@@ -1,7 +1,7 @@
 """Verdicts on results of which one knows what is true, both ways."""
 
 import pytest
-from comfyui_gcfg.evaluation.report.stored import Results
+from comfyui_gcfg.evaluation.results import Results
 from comfyui_gcfg.reproduction.paper.claims import claims, rank_correlation
 
 

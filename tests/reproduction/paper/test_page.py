@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comfyui_gcfg.evaluation.report import Experiment, read_published, write_report
-from comfyui_gcfg.evaluation.report.plots import tradeoff_points
-from comfyui_gcfg.evaluation.report.stored import Results
+from comfyui_gcfg.evaluation.report.folder import read_published, write_report
+from comfyui_gcfg.evaluation.report.page import Experiment
+from comfyui_gcfg.evaluation.report.pictures import tradeoff_points
+from comfyui_gcfg.evaluation.results import Results
 from comfyui_gcfg.reproduction.paper.__main__ import app
 from comfyui_gcfg.reproduction.paper.page import draw_tradeoff, page_text
 from comfyui_gcfg.testkit.results import conditions, every_result, rows, section
@@ -98,7 +99,7 @@ def test_the_ablations_stand_beside_ours(page):
 
 
 def test_what_a_small_run_cannot_tell_is_not_said_of_a_large_one(stored):
-    small = section(page_text(stored, EXPERIMENT, "x"), "What this cannot tell")
+    small = section(page_text(Results(stored), EXPERIMENT, "x"), "What this cannot tell")
     assert "64 pixels wide, the paper's 512" in small
     assert "FID is over 20 images, the paper's over 50,000" in small
     assert "`own.package:features`, not Inception's" in small
@@ -107,7 +108,7 @@ def test_what_a_small_run_cannot_tell_is_not_said_of_a_large_one(stored):
         each["config"] = {**each["config"], "sampling": {**each["config"]["sampling"], "size": 512}}
         each["config"]["fid"] = {**each["config"]["fid"], "extractor": "inception"}
         each["count"], each["parameters"] = 50_000, 859_000_000
-    large = section(page_text(stored, EXPERIMENT, "x"), "What this cannot tell")
+    large = section(page_text(Results(stored), EXPERIMENT, "x"), "What this cannot tell")
     assert re.search("pixels wide|50,000|Inception|859M", large) is None
     assert "No people were asked" in large
 

@@ -1,4 +1,4 @@
-"""The page and all it refers to, written; and read again."""
+"""The page with the folder beside it, which holds all that it was made from: written, and read again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from torch import Tensor
 from ...gcfg.errors import GuidanceError
 from ...training.files import whole_file
 from ..config import Config
-from ..results import read_results
-from ..run import RESULTS as OUTPUT
+from ..results import RESULTS, SWEEP, Results, read_results
 from ..tasks import Canny
-from .page import RESULTS, Experiment, PageText, has_tradeoff, page_text, sheets
-from .pictures import copy_picture, draw_sheet
-from .plots import draw_plane, draw_tradeoff
-from .stored import SWEEP, Results
+from .page import Experiment, PageText, has_tradeoff, page_text, sheets
+from .pictures import copy_picture, draw_plane, draw_sheet, draw_tradeoff
 
 _EXPERIMENT = "experiment.json"
 
@@ -47,7 +44,7 @@ def report(
     folder = config.output_folder
     page = page or folder / "report.md"
     experiment = Experiment(config.report.title, config.report.about, read_stages(stages) if stages else {})
-    stored = read_results(folder / OUTPUT)
+    stored = read_results(folder / RESULTS)
     write_report(stored, experiment, page, folder, lambda: Canny(config).edges, text, tradeoff)
     return page
 
@@ -78,7 +75,8 @@ def write_report(
         raise GuidanceError(f"{str(folder)!r} holds no results, expected some; run gcfg evaluate tables first.")
     beside = page.with_suffix("")
     published = [_published(each) for each in stored]
-    files = {beside / RESULTS / f"{_name(values)}.json": values for values in published}
+    names = [SWEEP if each["task"] == SWEEP else f"{each['task']}-{each['method']}" for each in published]
+    files = {beside / RESULTS / f"{name}.json": values for name, values in zip(names, published, strict=True)}
     for path, values in files.items():
         _write_json(path, values)
     for left in set((beside / RESULTS).glob("*.json")) - set(files):
@@ -86,20 +84,20 @@ def write_report(
     _write_json(beside / _EXPERIMENT, asdict(experiment))
     results = Results(published)
     for name, rows in sheets(results).items():
-        draw_sheet(rows, folder, beside / name, conditions if rows[0].task == "canny" else None)
+        draw_sheet(rows, folder, beside / name, conditions)
     if has_tradeoff(results):
         tradeoff(results, beside / "tradeoff.png")
     for sweep in results.sweeps:
         draw_plane(sweep, beside / "plane.png")
         copy_picture(folder / sweep.grid, beside / "plane.jpg")
     with whole_file(page) as path:
-        path.write_text(text(published, experiment, beside.name), encoding="utf-8", newline="\n")
+        path.write_text(text(results, experiment, beside.name), encoding="utf-8", newline="\n")
 
 
-def read_published(folder: Path) -> tuple[list[dict[str, Any]], Experiment]:
+def read_published(folder: Path) -> tuple[Results, Experiment]:
     """Return what stands beside a page, for `page_text`."""
     said = json.loads((folder / _EXPERIMENT).read_text(encoding="utf-8"))
-    return read_results(folder / RESULTS), Experiment(**said)
+    return Results(read_results(folder / RESULTS)), Experiment(**said)
 
 
 def read_stages(path: Path) -> dict[str, float]:
@@ -124,10 +122,6 @@ def _published(values: Any) -> Any:
     if isinstance(values, str) and Path(values).is_absolute():
         return Path(values).name
     return values
-
-
-def _name(values: Mapping[str, Any]) -> str:
-    return str(values["task"]) if values["task"] == SWEEP else f"{values['task']}-{values['method']}"
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Frechet inception distance: how far a set of images is from the real ones."""
+"""Images by a network's features: Frechet inception distance, and how much the images of one prompt differ."""
 
 from __future__ import annotations
 
@@ -8,83 +8,62 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize, pdist
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from ...gcfg.errors import GuidanceError
-from .plugin import build
-
-# Both are bilinear, to 299 pixels: torchmetrics' with antialiasing (its default), TensorFlow's (the first FID) without.
-RESIZES = ("torchmetrics", "tensorflow")
+from . import own_network
 
 
-def load_extractor(name: str, weights: Path | None) -> nn.Module:
+def load_extractor(name: str, weights: Path | None, resize: str) -> nn.Module:
     """Return the network whose features are compared, (N, 3, H, W) uint8 -> (N, D), on the CPU.
 
     Args:
         name: 'inception', or 'package.module:factory' with factory(weights) -> nn.Module.
         weights: for 'inception', torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
+        resize: to Inception's 299 pixels: bilinear, antialiased ('torchmetrics') or not ('tensorflow', as in the first
+            FID); 'none' with any other network, which takes images as they are.
 
-    Raises: GuidanceError: if it cannot be made; nothing is fetched.
+    Raises: GuidanceError: if it cannot be made, or `resize` does not suit it; nothing is fetched.
     """
-    if name == "inception":
-        return _inception(weights)
-    extractor = build("fid.extractor", name, weights)
+    extractor = _inception(weights) if name == "inception" else own_network("fid.extractor", name, weights)
     if not isinstance(extractor, nn.Module):
         raise GuidanceError(
             f"fid.extractor {name!r} returned a {type(extractor).__name__}, expected a torch nn.Module."
         )
-    return extractor.eval().requires_grad_(False)
-
-
-def fid(
-    real: Iterable[Tensor],
-    fake: Iterable[Tensor],
-    extractor: nn.Module,
-    resize: str,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Return the FID between two sets of images; see `RealImages` for many sets against one.
-
-    Args:
-        real: batches of uint8 images, (N, 3, H, W).
-        fake: batches of uint8 images, (N, 3, H, W).
-        extractor: as `load_extractor` gives it.
-        resize: 'torchmetrics' or 'tensorflow' with the Inception network; 'none' with any other, which takes images as
-            they are.
-        device: where the extractor runs.
-    """
-    return RealImages(real, extractor, resize, device).fid(fake)
-
-
-def choose_resize(extractor: nn.Module, resize: str) -> None:
-    """Set how the Inception network resizes.
-
-    Raises: GuidanceError: if the resize does not suit the extractor.
-    """
-    """Set how an extractor brings images to its size.
-
-    Raises: GuidanceError: if `resize` does not suit it.
-    """
-    known = RESIZES if isinstance(extractor, NoTrainInceptionV3) else ("none",)
+    known = ("torchmetrics", "tensorflow") if isinstance(extractor, NoTrainInceptionV3) else ("none",)
     if resize not in known:
         expected = " or ".join(repr(each) for each in known)
         raise GuidanceError(f"fid.resize is {resize!r}, expected {expected} with this fid.extractor.")
     if isinstance(extractor, NoTrainInceptionV3):
         extractor.use_antialias = resize == "torchmetrics"
+    return extractor.eval().requires_grad_(False)
 
 
-class RealImages:
-    """The statistics of the real images, taken once and compared with many sets.
+def _inception(weights: Path | None) -> nn.Module:
+    wanted = "expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth as a local file"
+    if weights is None:
+        raise GuidanceError(f"fid.extractor_weights is empty, {wanted}; nothing is fetched.")
+    try:
+        torch.load(weights, weights_only=True, map_location="cpu")  # the constructor would run any code in the file
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    except Exception as error:  # torch raises what it likes over a bad file
+        reason = str(error).strip().partition("\n")[0]
+        raise GuidanceError(f"fid.extractor_weights is {str(weights)!r}, {wanted}: {reason}") from error
 
-    Args: see `fid`.
 
-    Raises: GuidanceError: if `resize` does not suit the extractor, or its features cannot be compared.
+class RealFeatures:
+    """The statistics of the real images' features, taken once and compared with many sets.
+
+    Args:
+        real: batches of uint8 images, (N, 3, H, W).
+        extractor: as `load_extractor` gives it.
+        device: where it runs.
+
+    Raises: GuidanceError: if there are fewer than two images, or their features cannot be compared.
     """
 
-    def __init__(
-        self, real: Iterable[Tensor], extractor: nn.Module, resize: str, device: torch.device | str = "cpu"
-    ) -> None:
-        choose_resize(extractor, resize)
+    def __init__(self, real: Iterable[Tensor], extractor: nn.Module, device: torch.device | str = "cpu") -> None:
         batches = iter(real)
         first = next(batches, None)
         if first is None:
@@ -93,8 +72,7 @@ class RealImages:
         features.num_features = features(first[:1]).shape[1]
         # One process measures: torchmetrics would wait for the others.
         self._metric = FrechetInceptionDistance(features, reset_real_features=False, sync_on_compute=False)
-        self.count = self._take(chain([first], batches), real=True)
-        if self.count < 2:
+        if self._take(chain([first], batches), real=True) < 2:
             raise GuidanceError("fid.images holds one image, expected at least two.")
 
     def fid(self, fake: Iterable[Tensor]) -> float:
@@ -135,13 +113,17 @@ class _Features(nn.Module):
         return features.cpu().double()
 
 
-def _inception(weights: Path | None) -> nn.Module:
-    wanted = "expected torch-fidelity's weights-inception-2015-12-05-6726825d.pth as a local file"
-    if weights is None:
-        raise GuidanceError(f"fid.extractor_weights is empty, {wanted}; nothing is fetched.")
-    try:
-        torch.load(weights, weights_only=True, map_location="cpu")  # the constructor would run any code in the file
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
-    except Exception as error:  # torch raises what it likes over a bad file
-        reason = str(error).strip().partition("\n")[0]
-        raise GuidanceError(f"fid.extractor_weights is {str(weights)!r}, {wanted}: {reason}") from error
+def diversity(features: Tensor) -> float:
+    """Return the mean Euclidean distance between two of the features, (N, D) with N > 1."""
+    return float(pdist(features.double()).mean())
+
+
+def vendi(features: Tensor) -> float:
+    """Return the effective number of different images among N, from 1 to N, of features (N, D).
+
+    exp(-sum_k l_k log l_k),  l_k the eigenvalues of K / N,  K the features' cosine similarities
+                                                                    # Friedman & Dieng 2023, Eq. 2
+    """
+    unit = normalize(features.double(), dim=1)
+    shares = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp(min=0)
+    return float(torch.special.entr(shares).sum().exp())

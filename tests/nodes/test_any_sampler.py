@@ -1,0 +1,353 @@
+"""GCFG Model in ComfyUI's own samplers: the very run of a GCFG KSampler on the same sum, and nothing left behind."""
+
+import inspect
+
+import pytest
+import torch
+from comfyui_gcfg.gcfg.errors import GuidanceError
+from comfyui_gcfg.gcfg.terms import GuidanceTerm
+from comfyui_gcfg.nodes.guidance import GCFGGuidanceTerm
+from comfyui_gcfg.testkit import checks
+
+
+def node():
+    from comfyui_gcfg.nodes.model import GCFGModel
+
+    return GCFGModel()
+
+
+@pytest.fixture
+def versions(comfy):
+    from comfyui_gcfg.nodes.runtime import versions
+
+    return versions
+
+
+@pytest.fixture(autouse=True)
+def new_enough(request, versions):
+    if not versions.HAS_HOOKS and request.node.name != "test_the_oldest_comfyui_refuses":
+        pytest.skip("this ComfyUI has no wrappers around a run")
+
+
+def with_terms(model, *terms):
+    return node().make(model, term_1=terms)[0]
+
+
+@pytest.fixture
+def cases(prior, concept, prompt):
+    """Terms by what they try; each is added to positive, negative and cfg."""
+    mask = torch.zeros(1, 64, 64)
+    mask[..., 20:] = 1.0
+    style = prior.clone()
+    style.add_patches({"diffusion_model.input_blocks.0.0.bias": (torch.ones(64),)}, 0.5)
+    return {
+        "another model": [GuidanceTerm(1.5, model=concept, conditioning=prompt(3))],
+        "the sampler's own model": [GuidanceTerm(-2.0, conditioning=prompt(3))],
+        "a LoRA's clone": [GuidanceTerm(2.0, model=style, conditioning=prompt(1))],
+        "masked, for a while": [GuidanceTerm(2.0, 0.2, 0.8, model=concept, conditioning=prompt(3), mask=mask)],
+        "relative": [GuidanceTerm(3.0, model=concept, conditioning=prompt(1), relative_conditioning=prompt(2))],
+        "two": [GuidanceTerm(1.5, model=concept), GuidanceTerm(2.0, conditioning=prompt(3))],
+        "a pair": [GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, conditioning=prompt(4))],
+    }
+
+
+NAMES = ["another model", "the sampler's own model", "a LoRA's clone", "masked, for a while", "relative", "two"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cfg", [7.5, 1.0])
+def test_ksampler_samples_the_sum(gcfg, stock, prior, prompt, latent, cases, name, cfg):
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(cfg, conditioning=prompt(1)), *cases[name]], latent)
+    before = stock(prior, prompt(1), prompt(2), latent, cfg=cfg)
+    assert torch.equal(stock(with_terms(prior, *cases[name]), prompt(1), prompt(2), latent, cfg=cfg), expected)
+    assert torch.equal(stock(prior, prompt(1), prompt(2), latent, cfg=cfg), before), "the model itself is as it was"
+    assert not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde", "uni_pc", "heun"])
+def test_every_solver(gcfg, stock, prior, prompt, latent, cases, sampler):
+    expected = gcfg(
+        prior, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["two"]], latent, sampler=sampler
+    )
+    got = stock(with_terms(prior, *cases["two"]), prompt(1), prompt(2), latent, cfg=5.0, sampler=sampler)
+    assert torch.equal(got, expected)
+
+
+def test_image_to_image_under_a_mask(gcfg, stock, prior, prompt, cases):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1.0
+    masked = {"samples": image, "noise_mask": mask}
+    terms = [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["another model"]]
+    expected = gcfg(prior, prompt(2), terms, masked, denoise=0.6)
+    got = stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), masked, cfg=5.0, denoise=0.6)
+    assert torch.equal(got, expected)
+
+
+def test_a_mask_for_each_sample(gcfg, stock, prior, prompt, cases):
+    image = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(6))
+    masked = {"samples": image, "noise_mask": mask}
+    terms = [GuidanceTerm(5.0, conditioning=prompt(1)), *cases["another model"]]
+    expected = gcfg(prior, prompt(2), terms, masked)
+    got = stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), masked, cfg=5.0)
+    assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def custom(custom_advanced, latent):
+    """SamplerCustomAdvanced's run of any guider."""
+    return lambda guider: custom_advanced(guider, latent, 4)["samples"]
+
+
+def test_the_basic_guiders_one_prompt_is_what_terms_are_added_to(extra, custom, prior, prompt, cases):
+    """As with Flux, whose guidance is distilled: a relative term is its negative prompt."""
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    basic = extra("nodes_custom_sampler").Guider_Basic(with_terms(prior, *cases["relative"]))
+    basic.set_conds(prompt(1))
+    assert torch.equal(custom(basic), custom(GCFGGuider(prior, prompt(1), cases["relative"], "GCFG Guider")))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a pair"])
+def test_guiders_of_other_packs_run_as_they_are(comfy, custom, prior, prompt, cases, name):
+    """As RES4LYF's: a guider that chooses its prompts and its cfg by itself, and then does as stock."""
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            conds = self.conds["xt_negative"], self.conds["xt_positive"]
+            return comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, *conds, 5.0, model_options=model_options, seed=seed
+            )
+
+    def other(model):
+        guider = Other(model)
+        guider.inner_set_conds({"xt_positive": prompt(1), "xt_negative": prompt(2)})
+        return guider
+
+    before = custom(other(prior))
+    got = custom(other(with_terms(prior, *cases[name])))
+    own = GuidanceTerm(5.0, conditioning=prompt(1))
+    expected = custom(GCFGGuider(prior, prompt(2), [own, *cases[name]], "GCFG Guider"))
+    assert checks.relative(got, expected) < 2e-5
+    assert torch.equal(custom(other(prior)), before)
+
+
+@pytest.mark.parametrize("place", ["conditioning", "relative_conditioning"])
+def test_weight_hooks_of_a_term_act_under_another_guider(comfy, custom, other, weights, prior, prompt, place):
+    """The guider's own patcher is the one that its module evaluates with, and knows nothing of a term's hooks."""
+    import comfy.hooks
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+    from comfyui_gcfg.testkit.models import lora_state_dict
+
+    prompts = {"conditioning": prompt(3), "relative_conditioning": prompt(4)}
+    hooks = comfy.hooks.create_hook_lora(lora_state_dict(weights(), 1), 1.0, 0.0)
+    prompts[place] = comfy.hooks.set_hooks_for_conditioning(prompts[place], hooks)
+    before = custom(other(prior))
+    term = GuidanceTerm(2.0, **prompts)
+    own = GuidanceTerm(5.0, conditioning=prompt(1))
+    expected = custom(GCFGGuider(prior, prompt(2), [own, term], "GCFG Guider"))
+    assert checks.relative(custom(other(with_terms(prior, term))), expected) < 2e-5
+    assert torch.equal(custom(other(prior)), before)
+
+
+def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior, prompt, cases):
+    from comfyui_gcfg.nodes.runtime.guider import GCFGGuider
+
+    dual = extra("nodes_custom_sampler").Guider_DualCFG(with_terms(prior, *cases["another model"]))
+    dual.set_conds(prompt(1), prompt(2), prompt(3))
+    dual.set_cfg(4.0, 1.0)
+    terms = [
+        GuidanceTerm(1.0, conditioning=prompt(2)),
+        GuidanceTerm(4.0, conditioning=prompt(1), relative_conditioning=prompt(2)),
+    ]
+    expected = custom(GCFGGuider(prior, prompt(3), [*terms, *cases["another model"]], "GCFG Guider"))
+    assert checks.relative(custom(dual), expected) < 2e-5
+
+
+def test_another_guider_with_guidance_cache_evaluates_less(custom, other, prior, concept, prompt, count_forwards):
+    from comfyui_gcfg.gcfg.guidance_cache import CacheRule
+
+    calls = count_forwards(concept)
+    term = GuidanceTerm(1.5, model=concept, conditioning=prompt(3), cache_rule=CacheRule(every=2, linear=False))
+    assert custom(other(with_terms(prior, term))).isfinite().all()
+    assert len(calls) == 2  # at steps 1 and 3 of 4
+
+
+def test_terms_of_two_nodes_are_summed(gcfg, stock, prior, prompt, latent, cases):
+    first, second = cases["two"]
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), first, second], latent)
+    twice = with_terms(with_terms(prior, first), second)
+    assert torch.equal(stock(twice, prompt(1), prompt(2), latent, cfg=5.0), expected)
+
+
+def test_nodes_behind_and_in_front_act_as_on_the_ksampler(gcfg, stock, prior, prompt, latent, cases):
+    """A guidance hook on the model acts on the whole sum, wherever its node stands."""
+
+    def halved(args):
+        return args["denoised"] * 0.5
+
+    def put(model):
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(halved)
+        return clone
+
+    terms = cases["another model"]
+    expected = gcfg(put(prior), prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), *terms], latent)
+    for model in (put(with_terms(prior, *terms)), with_terms(put(prior), *terms)):
+        assert torch.equal(stock(model, prompt(1), prompt(2), latent, cfg=5.0), expected)
+
+
+@pytest.fixture
+def other(comfy, prompt):
+    """A guider of another pack's, which does as stock."""
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    def make(model):
+        guider = Other(model)
+        guider.set_conds(prompt(1), prompt(2))
+        guider.set_cfg(5.0)
+        return guider
+
+    return make
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def around(kind):
+        def wrapper(executor, *args, **kwargs):
+            seen.append(kind)
+            return executor(*args, **kwargs)
+
+        return wrapper
+
+    def put(model):
+        clone = model.clone()
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE):
+            clone.add_wrapper_with_key(kind, "other", around(kind))
+        return clone
+
+    terms = cases["another model"]
+    model = with_terms(put(prior), *terms) if first else put(with_terms(prior, *terms))
+    if guider == "stock":
+        stock(model, prompt(1), prompt(2), latent)
+    else:
+        custom(other(model))
+    assert seen == [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE]
+
+
+def test_an_interrupt_leaves_all_models_clean(comfy, stock, prior, concept, prompt, latent, cases):
+    before = [stock(model, prompt(1), prompt(2), latent) for model in (prior, concept)]
+
+    def stop(step, denoised, x, total):
+        raise comfy.model_management.InterruptProcessingException
+
+    model = with_terms(prior, *cases["two"])
+    sampler = comfy.samplers.KSampler(model, 4, model.load_device, "euler", "normal", 1.0, model.model_options)
+    noise = torch.randn(1, 4, 8, 8)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sampler.sample(noise, prompt(1), prompt(2), cfg=5.0, latent_image=latent["samples"], callback=stop)
+    after = [stock(model, prompt(1), prompt(2), latent) for model in (prior, concept)]
+    assert all(map(torch.equal, before, after))
+    assert prior.model.current_patcher is None or prior.model.current_patcher.model is prior.model
+
+
+def test_all_models_are_loaded_with_one_request(monkeypatch, comfy, stock, prior, concept, prompt, latent, cases):
+    requests, load = [], comfy.model_management.load_models_gpu
+
+    def counted(models, *args, **kwargs):
+        requests.append({id(model.model) for model in models})
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", counted)
+    stock(with_terms(prior, *cases["another model"]), prompt(1), prompt(2), latent)
+    assert requests[-1] == {id(prior.model), id(concept.model)}
+    assert [both for both in requests if id(concept.model) in both] == [requests[-1]]
+
+
+def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
+    reader = {"inputs": {"report": ["7", 1]}}
+    model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
+    stock(model, prompt(1), prompt(2), latent, steps=3)
+    assert report.labels == ("positive", "1", "2")
+    assert [reading.step for reading in report.readings] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_terms_are_numbered_as_their_sockets(stock, custom, other, prior, concept, prompt, latent, guider):
+    """Whatever the sampler's guider has before them: a relation finds them, and messages name them."""
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    terms = (GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, model=concept))
+    ((limited,),) = GCFGGuidanceRelation().make(terms[1:], "limit", "1", 0.5)
+    run = custom if guider == "other" else (lambda g: stock(g.model_patcher, prompt(1), prompt(2), latent, cfg=5.0))
+    assert not torch.equal(run(other(with_terms(prior, terms[0], limited))), run(other(with_terms(prior, *terms))))
+
+
+class TestBadInput:
+    def test_no_term(self, prior):
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: no guidance term is connected, expected at least one"):
+            node().make(prior)
+
+    def test_terms_would_count_twice(self, gcfg, prior, prompt, latent, cases):
+        model = with_terms(prior, *cases["two"])
+        with pytest.raises(
+            GuidanceError, match=r"GCFG (KSampler|Guider): model comes from a GCFG Model node, whose terms would"
+        ):
+            gcfg(model, prompt(2), cases["two"], latent)
+
+    @pytest.mark.parametrize("place", ["model", "relative_model"])
+    def test_on_the_model_of_a_term(self, stock, prior, prompt, latent, cases, place):
+        model = with_terms(prior, *cases["two"])
+        ((term,),) = GCFGGuidanceTerm().make(2.0, 0.0, 1.0, conditioning=prompt(3), label="x", **{place: model})
+        with pytest.raises(GuidanceError, match=rf"^Guidance Term 'x': {place} comes from a GCFG Model node"):
+            stock(with_terms(prior, term), prompt(1), prompt(2), latent)
+
+    def test_a_guider_whose_sum_starts_elsewhere(self, extra, custom, prior, prompt, cases):
+        """Nested, the Dual CFG Guider combines around its middle prompt first, and again around that result."""
+        dual = extra("nodes_custom_sampler").Guider_DualCFG(with_terms(prior, *cases["two"]))
+        if "nested" not in inspect.signature(dual.set_cfg).parameters:
+            pytest.skip("this ComfyUI's Dual CFG Guider has no style")
+        dual.set_conds(prompt(1), prompt(2), prompt(3))
+        dual.set_cfg(5.0, 2.0, True)
+        with pytest.raises(
+            GuidanceError, match=r"^GCFG Model: the sampler's guider is Guider_DualCFG, whose sum does not"
+        ):
+            custom(dual)
+        assert prior.get_additional_models() == []
+
+    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases):
+        class Silent(comfy.samplers.CFGGuider):
+            def predict_noise(self, x, timestep, model_options=None, seed=None):
+                return x * 0.5
+
+        silent = Silent(with_terms(prior, *cases["two"]))
+        silent.set_conds(prompt(1), prompt(2))
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: the sampler's guider is Silent, whose sum does not"):
+            custom(silent)
+
+    def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
+        wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
+        with pytest.raises(GuidanceError, match=r"^Guidance Term 'xl': latent format is SDXL"):
+            stock(with_terms(prior, wrong), prompt(1), prompt(2), latent)
+
+    def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
+        monkeypatch.setattr(versions, "HAS_HOOKS", False)
+        with pytest.raises(GuidanceError, match=r"^GCFG Model: this ComfyUI is too old, expected one from 0\.3\.8 on"):
+            with_terms(prior, *cases["two"])
+
+
+def test_the_oldest_comfyui_refuses(versions, prior, prompt):
+    if versions.HAS_HOOKS:
+        pytest.skip("this ComfyUI has wrappers")
+    with pytest.raises(GuidanceError, match=r"^GCFG Model: this ComfyUI is too old"):
+        with_terms(prior, GuidanceTerm(1.0, conditioning=prompt(1)))
