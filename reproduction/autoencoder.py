@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHANNELS = 32
-_SPREAD = 0.5  # of the latents that the UNet sees, see `_to_taesd`
+_SPREAD = 0.5  # of the latents that the UNet sees, see `to_taesd`
 _SD1_FACTOR = 0.18215  # between an SD1.x VAE's latents and what the UNet sees
 _LATENT_NOISE = 0.3  # the decoder forgives that much of the UNet's error
 
@@ -41,7 +41,7 @@ def train_autoencoder(
         device: to train on.
     """
     torch.manual_seed(0)
-    vae = _network().to(device, memory_format=torch.channels_last).train()
+    vae = new_autoencoder().to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), learning_rate)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -58,13 +58,13 @@ def train_autoencoder(
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         tick()
-    return _to_taesd(vae.cpu())
+    return to_taesd(vae.cpu())
 
 
 @torch.no_grad()
 def encode(vae: Mapping[str, Tensor], pictures: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Return the latents of uint8 pictures, (N, 4, H / 8, W / 8), as the UNet sees them."""
-    network = _from_taesd(vae).to(device)
+    network = from_taesd(vae).to(device)
     return _SPREAD * torch.cat([network.encoder(signed(some.to(device))).cpu() for some in torch.split(pictures, 256)])
 
 
@@ -78,8 +78,8 @@ def signed(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def _network() -> AutoencoderTiny:
-    """TAESD with the blocks at full resolution left out: half of the cost, and pictures this small do without."""
+def new_autoencoder() -> AutoencoderTiny:
+    """Return an untrained TAESD without its blocks at full resolution: half the cost, and small pictures need none."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(CHANNELS,) * 4,
         decoder_block_out_channels=(CHANNELS,) * 4,
@@ -96,7 +96,7 @@ _ENCODER = {0: 0, 2: 2, 3: 3, 4: 6, 5: 7, 6: 8, 7: 10, 8: 11, 9: 12, 10: 13, 11:
 _DECODER = {0: 1, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9, 10: 12, 11: 13, 13: 17, 15: 19}
 
 
-def _to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
+def to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
     """Return the weights in TAESD's keys, with the scale that gives the UNet's latents a spread of 0.5.
 
     A plain background is the same number at each of the 64 places. At a spread of 1 Stable Diffusion's noise hardly
@@ -116,8 +116,9 @@ def _to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
     return out | {"vae_scale": torch.tensor(_SD1_FACTOR / _SPREAD), "vae_shift": torch.tensor(0.0)}
 
 
-def _from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
-    network = _network().eval()
+def from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
+    """Return the network of weights in TAESD's keys."""
+    network = new_autoencoder().eval()
     state = {}
     for side, index, rest, _ in _walk(network):
         place = (_ENCODER if side == "encoder" else _DECODER)[index]

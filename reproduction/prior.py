@@ -103,7 +103,7 @@ def train_controlnet(
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=_HINT_CHANNELS)
-    _open_hints(control)
+    open_hints(control)
     control = control.to(device).train()
     unet = unet.to(device).eval().requires_grad_(False)
 
@@ -127,7 +127,7 @@ def train_controlnet(
     return dict(control.cpu().state_dict())
 
 
-def _open_hints(control: ControlNetModel) -> None:
+def open_hints(control: ControlNetModel) -> None:
     """Start the layers that read edges at full strength, and let only the last of them learn.
 
     Layers made for a long training start near zero: within some hundred steps nothing of the edges would pass them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -52,7 +52,7 @@ def stages(folder: Path, settings: Settings, page: Path | None) -> Iterator[Stag
     yield Stage("classifier", world.train_classifier)
     yield Stage("prior", world.train_prior)
     yield Stage("ControlNet", world.train_controlnet)
-    yield Stage("cache", lambda: _gcfg("cache", *_method(folder, settings, "concept")))
+    yield Stage("cache", lambda: run_gcfg("cache", *_method(folder, settings, "concept")))
     for name in METHODS:
         yield Stage(f"train {name}", _training(folder, settings, name))
     for task in ("fid", "alignment", "canny", "diversity", "sweep"):
@@ -65,10 +65,19 @@ def run_stages(folder: Path, settings: Settings, page: Path | None = None) -> No
 
     Raises: GuidanceError: one sentence; finished stages stay.
     """
+    minutes = run_each(stages(folder, settings, page), folder) / 60
+    print(f"{minutes:.1f} minutes in all; see {page or folder / 'evaluation' / 'report.md'}")
+
+
+def run_each(stages: Iterable[Stage], folder: Path) -> float:
+    """Run the stages that have not run yet, and return how many seconds all of them took.
+
+    Raises: GuidanceError: one sentence; finished stages stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / STAGES
     done: dict[str, float] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    for stage in stages(folder, settings, page):
+    for stage in stages:
         if stage.name in done and not stage.always:
             continue
         print(f"== {stage.name}", flush=True)
@@ -78,15 +87,15 @@ def run_stages(folder: Path, settings: Settings, page: Path | None = None) -> No
             done[stage.name] = round(time.perf_counter() - began, 1)
             with whole_file(store) as beside:
                 beside.write_text(json.dumps(done, indent=1), encoding="utf-8")
-    print(f"{sum(done.values()) / 60:.1f} minutes in all; see {page or folder / 'evaluation' / 'report.md'}")
+    return sum(done.values())
 
 
 def _training(folder: Path, settings: Settings, name: str) -> Callable[[], None]:
-    return lambda: _gcfg("train", *_method(folder, settings, name))
+    return lambda: run_gcfg("train", *_method(folder, settings, name))
 
 
 def _evaluating(folder: Path, settings: Settings, task: str) -> Callable[[], None]:
-    return lambda: _gcfg("evaluate", task, str(_evaluation(folder, settings)))
+    return lambda: run_gcfg("evaluate", task, str(_evaluation(folder, settings)))
 
 
 def _report(folder: Path, settings: Settings, page: Path | None) -> None:
@@ -114,7 +123,7 @@ def _fill(name: str, path: Path, values: dict[str, object]) -> Path:
     return path
 
 
-def _gcfg(*arguments: str) -> None:
+def run_gcfg(*arguments: str) -> None:
     """Run the command that a user would: `gcfg ...`."""
     if code := app(list(arguments), standalone_mode=False):
         raise GuidanceError(f"gcfg {' '.join(arguments)} ended with code {code}.")
