@@ -55,6 +55,11 @@ PROMPTS = {
     "a portrait of an old man with a white beard": "a picture of a face, an angry face",
     "a portrait of a woman with red hair, wearing glasses": "a cowboy hat face",
     "a photo of face": "a picture of a face",
+    "a garden with a stone wall, summer evening": "a picture of a plant, on a green background",
+    "an old man with a white beard, sitting on a bench": "a picture of a face, an angry face",
+    "sunglasses, hat": "a face with sunglasses",
+    "a woman with red hair, reading a book": "a picture of a face, a smiling face",
+    "glasses, jewellery": "a nerd face",
     "4.5 | sunflower\n3 | in Van Gogh style\n-1.5 @0-60% | blurry": (
         "4.5 | a sunflower\n3 | Blob style\n-1.5 @0-60% | on a gray background"
     ),

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...evaluation.images import read_shard
-from ...evaluation.results import read_result
-from ...evaluation.run import RESULTS
+from ...evaluation.results import RESULTS, read_result
 from .things import things
 
 Features = Callable[[Tensor], Tensor]

@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ...evaluation.report import words
-from ...evaluation.results import read_result
-from ...evaluation.run import RESULTS
+from ...evaluation.results import RESULTS, read_result
 from ...training.files import whole_file
 from .evaluation import HELD_OUT
 

@@ -66,7 +66,7 @@ def test_the_trainer_reads_the_text_encoder_alike_and_its_padding_is_one_vector(
     )
     prompts = Prompts()
     for prompt in PROMPTS:
-        long = encode_prompt(tmp_path / "clip.safetensors", "sd1", prompt, "the file", text.tokenizer()).tokens[0]
+        long = encode_prompt(tmp_path / "clip.safetensors", "sd1", prompt, "the file", text.tokenizer()).context[0]
         short, _ = prompts.short([prompt])
         count = short.shape[1] - 1
         torch.testing.assert_close(short[0, 1:], long[:count], rtol=1e-5, atol=1e-5)
