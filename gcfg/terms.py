@@ -127,6 +127,24 @@ def find_term(terms: Sequence[GuidanceTerm], label: str, name: str) -> int:
     return found[0]
 
 
+def looked_at(terms: Sequence[GuidanceTerm]) -> dict[str, int]:
+    """The places of the terms that relations look at, by their labels.
+
+    Raises:
+        GuidanceError: if a relation names no term, or the term itself.
+    """
+    found: dict[str, int] = {}
+    for place, term in enumerate(terms):
+        for against in filter(None, (relation.against for relation in term.relations)):
+            found[against] = find_term(terms, against, "Guidance Relation: against")
+            if found[against] == place:
+                raise GuidanceError(
+                    f"Guidance Relation: against is '{short(against)}', the label of the term that has the relation, "
+                    f"expected another term's; correct it."
+                )
+    return found
+
+
 def label_text(label: str) -> str:
     """A label as messages, charts and logs show it: on one line, without what they trip over, not too long."""
     return short(label, MAX_LABEL)

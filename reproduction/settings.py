@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class World(Section):
@@ -66,17 +68,22 @@ class Settings(Section):
 
 
 def read_settings(preset: str) -> Settings:
-    """Read a preset by its name, or the TOML file of that path.
+    """Read a preset by its name, or the TOML file of that path. Raises: GuidanceError: naming what is wrong in it."""
+    return read_preset(preset, PRESETS, Settings)
+
+
+def read_preset(preset: str, presets: Path, schema: type[Schema]) -> Schema:
+    """Read a preset of a folder by its name, or the TOML file of that path.
 
     Raises: GuidanceError: naming what is wrong in it.
     """
-    path = PRESETS / f"{preset}.toml"
+    path = presets / f"{preset}.toml"
     if not path.is_file():
         path = Path(preset)
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
+        names = ", ".join(sorted(file.stem for file in presets.glob("*.toml")))
         raise GuidanceError(f"{preset!r} is no preset and no TOML file; choose from {names}, or name a file.")
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return schema.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ValidationError) as error:
         raise GuidanceError(f"{str(path)!r}: {' '.join(str(error).split())}") from error

@@ -1,8 +1,4 @@
-"""The trained models of the world of emoji (`reproduction/emoji` makes them), as files that stock loaders take.
-
-They stand in half precision at a fifth of Stable Diffusion's width; `widen` gives them its 320 channels, and what
-loaders want besides is filled up with zeros.
-"""
+"""What the world of emoji (`reproduction/emoji`) has otherwise than the small world, whose other files it shares."""
 
 from __future__ import annotations
 
@@ -10,17 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from ..gcfg.concept_file import features, fold
 from . import models
-from .comfyui import PACK
 from .models import StateDict
-from .widen import widen, widen_lora
+from .small_world import FACTOR, TRAINED, half, read
+from .widen import widen
 from .word_encoder import word_encoder
 
-TRAINED = PACK / "demo" / "trained"
-FACTOR = 5
 SIZE = 96  # of its pictures, in pixels
 TRUTH = TRAINED / "truth.png"  # a face in the concept's look that no network has seen
 PLACED = TRAINED / "placed.png"  # a drawing on a background, whose alpha channel is 0 around its thing
@@ -67,42 +60,10 @@ PROMPTS = {
 }
 
 
-def prior() -> StateDict:
-    """Return the prior's UNet: 290 things in five flat looks, by prompt."""
-    return _wide("prior")
-
-
 def concept(group: str = "face") -> StateDict:
     """Return the null-text concept UNet of a group, folded: faces or animals in 3D, learned from pictures alone."""
-    small = _read(f"concept_{group}")
-    return _half(widen(fold(small, features(small), CONTEXT), FACTOR))
-
-
-def custom() -> StateDict:
-    """Return a fine-tuned UNet that reads text: DreamBooth on the faces."""
-    return _wide("dreambooth")
-
-
-def lora() -> StateDict:
-    """Return a LoRA on the prior's attention, trained on the faces, in kohya's keys."""
-    return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(_read("lora"), FACTOR).items()}
-
-
-def embedding() -> StateDict:
-    """Return a Textual Inversion of the faces: one word's embedding, `emb_params` (1, 768)."""
-    return _read("textual_inversion")
-
-
-def controlnet() -> StateDict:
-    """Return the prior's canny ControlNet, `control_model.` first."""
-    prefix = "control_model."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in _read("controlnet").items()}
-    return {prefix + name: tensor for name, tensor in _half(widen(bare, FACTOR)).items()}
-
-
-def vae() -> StateDict:
-    """Return the autoencoder, a TAESD."""
-    return models.full_taesd(_read("autoencoder"))
+    small = read(f"concept_{group}")
+    return half(widen(fold(small, features(small), CONTEXT), FACTOR))
 
 
 def clip() -> StateDict:
@@ -115,15 +76,3 @@ def write_inputs(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(TRUTH, folder / "portrait.png")
     shutil.copyfile(PLACED, folder / "full-body.png")
-
-
-def _wide(name: str) -> StateDict:
-    return _half(widen(_read(name), FACTOR))
-
-
-def _read(name: str) -> StateDict:
-    return load_file(TRAINED / f"{name}.safetensors")
-
-
-def _half(state_dict: StateDict) -> StateDict:
-    return models.to_dtype(state_dict, torch.float16)

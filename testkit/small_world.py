@@ -57,51 +57,51 @@ PROMPTS = {
 
 def prior() -> StateDict:
     """Return the prior's UNet: printed digits and shapes in six colours, by prompt."""
-    return _wide("prior")
+    return wide("prior")
 
 
 def concept() -> StateDict:
     """Return the null-text concept UNet, folded: handwriting, learned from scans alone."""
-    return _wide("concept")
+    return wide("concept")
 
 
 def custom() -> StateDict:
     """Return a fine-tuned UNet that reads text: DreamBooth on the scans."""
-    return _wide("dreambooth")
+    return wide("dreambooth")
 
 
 def lora() -> StateDict:
     """Return a LoRA on the prior's attention, trained on the scans, in kohya's keys."""
-    return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(_read("lora"), FACTOR).items()}
+    return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(read("lora"), FACTOR).items()}
 
 
 def extracted_lora() -> StateDict:
     """Return a second LoRA, in kohya's keys: the part of low rank of what DreamBooth changed in the prior's blocks."""
-    before, after = _read("prior"), _read("dreambooth")
+    before, after = read("prior"), read("dreambooth")
     found = {}
     for name in [name for name, weight in before.items() if "transformer_blocks" in name and weight.ndim == 2]:
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         out, strength, into = torch.linalg.svd(after[name].float() - before[name].float(), full_matrices=False)
         found[f"{key}.lora_up.weight"] = out[:, :RANK] * strength[:RANK]
         found[f"{key}.lora_down.weight"] = into[:RANK]
-    return _half(widen_lora(found, FACTOR))
+    return half(widen_lora(found, FACTOR))
 
 
 def embedding() -> StateDict:
     """Return a Textual Inversion of the scans: one word's embedding, `emb_params` (1, 768)."""
-    return _read("textual_inversion")
+    return read("textual_inversion")
 
 
 def controlnet() -> StateDict:
     """Return the prior's canny ControlNet, `control_model.` first."""
     prefix = "control_model."
-    bare = {name.removeprefix(prefix): tensor for name, tensor in _read("controlnet").items()}
-    return {prefix + name: tensor for name, tensor in _half(widen(bare, FACTOR)).items()}
+    bare = {name.removeprefix(prefix): tensor for name, tensor in read("controlnet").items()}
+    return {prefix + name: tensor for name, tensor in half(widen(bare, FACTOR)).items()}
 
 
 def vae() -> StateDict:
     """Return the autoencoder, a TAESD."""
-    return models.full_taesd(_read("autoencoder"))
+    return models.full_taesd(read("autoencoder"))
 
 
 def clip() -> StateDict:
@@ -121,13 +121,16 @@ def write_inputs(folder: Path) -> None:
     picture.save(folder / "full-body.png")
 
 
-def _wide(name: str) -> StateDict:
-    return _half(widen(_read(name), FACTOR))
+def wide(name: str) -> StateDict:
+    """Return a trained UNet at Stable Diffusion's width, in half precision."""
+    return half(widen(read(name), FACTOR))
 
 
-def _read(name: str) -> StateDict:
+def read(name: str) -> StateDict:
+    """Return a trained file as it stands in the repository."""
     return load_file(TRAINED / f"{name}.safetensors")
 
 
-def _half(state_dict: StateDict) -> StateDict:
+def half(state_dict: StateDict) -> StateDict:
+    """Return it in half precision."""
     return models.to_dtype(state_dict, torch.float16)

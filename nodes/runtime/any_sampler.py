@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...gcfg.errors import GuidanceError
 from ...gcfg.terms import GuidanceTerm
-from . import hooks, latents, versions
+from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
 from .lanes import BASE, FIRST
 from .live import Watch
@@ -40,11 +40,7 @@ def with_terms(model: Any, terms: Sequence[GuidanceTerm], watch: Watch) -> Any:
     Raises:
         GuidanceError: if there is no term, or this ComfyUI knows no wrappers around a run.
     """
-    if not terms:
-        raise GuidanceError(
-            f"{NODE}: no guidance term is connected, expected at least one; connect the terms output of a Guidance "
-            f"Term node to term_1."
-        )
+    checks.check_terms(NODE, terms)
     if not versions.HAS_HOOKS:
         raise GuidanceError(
             f"{NODE}: this ComfyUI is too old, expected one from 0.3.8 on, where a model can stand around its run; "

@@ -12,6 +12,7 @@ import comfy.samplers
 from ...gcfg.diagnostics import Recorder
 from ...gcfg.errors import GuidanceError
 from ...gcfg.plan import GuidancePlan, ScheduledTerm
+from ...gcfg.terms import GuidanceTerm
 from . import placing, wrapping
 from .clones import called, identical
 from .failures import width_error
@@ -21,6 +22,19 @@ from .latents import latent_shapes, streams
 
 MANY = 16  # predictions a step
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
+
+
+def check_terms(node: str, terms: Sequence[GuidanceTerm]) -> None:
+    """Refuse to sum nothing.
+
+    Raises:
+        GuidanceError: if there is no term.
+    """
+    if not terms:
+        raise GuidanceError(
+            f"{node}: no guidance term is connected, expected at least one; connect the terms output of a Guidance "
+            f"Term node to term_1."
+        )
 
 
 def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> None:

@@ -10,10 +10,9 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
 
-from ...gcfg.errors import GuidanceError, short
 from ...gcfg.plan import GuidancePlan
 from ...gcfg.steps import Steps
-from ...gcfg.terms import GuidanceTerm, find_term
+from ...gcfg.terms import GuidanceTerm, looked_at
 from . import checks, failures, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
@@ -52,11 +51,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         watch: Watch | None = None,
     ) -> None:
         super().__init__(model_patcher)
-        if not terms:
-            raise GuidanceError(
-                f"{node}: no guidance term is connected, expected at least one; connect the terms output of a "
-                f"Guidance Term node to term_1."
-            )
+        checks.check_terms(node, terms)
         sampling = model_patcher.get_model_object("model_sampling")
         self.node = node
         self.watch = Watch() if watch is None else watch
@@ -65,7 +60,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
         self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
         self.sources, self.references = sources(model_patcher, unconditional, self.plan)
-        self.looked_at = _looked_at(terms)
+        self.looked_at = looked_at(terms)
         self.groups = grouped(model_patcher, self.sources)
         self.rules = self._rules()
         two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
@@ -279,23 +274,3 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         if looked_at or versions.has_run_wrappers(group.patcher):
             conds[BASE] = comfy.sampler_helpers.convert_cond(self.unconditional)
         return conds
-
-
-def _looked_at(terms: Sequence[GuidanceTerm]) -> dict[str, int]:
-    """The places of the terms that relations look at, by their labels.
-
-    Raises:
-        GuidanceError: if a relation names no term, or the term itself.
-    """
-    found: dict[str, int] = {}
-    for place, term in enumerate(terms):
-        for relation in term.relations:
-            if not relation.against:
-                continue
-            found[relation.against] = find_term(terms, relation.against, "Guidance Relation: against")
-            if found[relation.against] == place:
-                raise GuidanceError(
-                    f"Guidance Relation: against is '{short(relation.against)}', the label of the term that has the "
-                    f"relation, expected another term's; correct it."
-                )
-    return found

@@ -6,15 +6,16 @@ that of the unconditional model, which stock sampling prepares.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.samplers
 from torch import Tensor, nn
 
 from ...gcfg.plan import as_stored
 from . import hooks, placing, versions
+from .calls import Around, calls, with_stock_indices
 from .clones import same_calls, same_weights
 from .index import reads_index, wants_uncond
 from .term_guider import TermGuider
@@ -24,20 +25,6 @@ FIRST = "positive"
 PREDICT = "predict_noise"  # a kind of wrapper: around a guider's whole prediction
 
 Predictions = dict[str, Tensor]
-
-
-class Around(NamedTuple):
-    """What predictions are measured from.
-
-    Attributes:
-        base: the key of the base: of the unconditional itself, or of a pair's negative term.
-        references: the key of each relative term's prediction, and of the one that it is measured from.
-        terms: the keys of what the terms predict.
-    """
-
-    base: str
-    references: Sequence[tuple[str, str]] = ()
-    terms: Collection[str] = ()
 
 
 def takes(a: Any, b: Any) -> bool:
@@ -152,7 +139,8 @@ class Lane:
         self, keys: Sequence[str], around: Around, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
     ) -> Predictions:
         found: Predictions = {}
-        for together, other in self._calls(keys, around, options):
+        beside = BASE if self._wants_uncond else None
+        for together, other in calls(keys, around, beside, self._batches(keys, around, options), self.reads_index):
             places = [*together, other] if other is not None else together
             predictions = self._evaluate(together, other, x, sigma, options, seed)
             # What is a term's and a reference as well counts as the term's.
@@ -160,31 +148,6 @@ class Lane:
                 if key != other or key not in found:
                     found[key] = prediction
         return {key: found[key] for key in keys}
-
-    def _calls(
-        self, keys: Sequence[str], around: Around, options: dict[str, Any]
-    ) -> list[tuple[list[str], str | None]]:
-        """The calls that evaluate these keys: the conditional ones, and the unconditional one beside them."""
-        uncond = around.base if around.base in keys else BASE if self._wants_uncond else None
-        terms = [key for key in keys if key != around.base]
-        if len(terms) < 2 or self._batches(terms, options):
-            return [(terms, uncond)]
-        # One by one, each beside what it is measured from, as stock guidance evaluates two.
-        pairs = [(key, other) for key, other in around.references if key in terms and other in terms]
-        references = {other for _, other in pairs}
-        terms = [key for key in terms if key in around.terms or key not in references]
-        calls: list[tuple[list[str], str | None]] = []
-        known: set[str | None] = set(terms)
-        for key in terms:
-            for number, other in enumerate([other for own, other in pairs if own == key] or [uncond]):
-                if self.reads_index:  # which has to see both, also where one is known
-                    calls.append(([key], other))
-                elif number == 0 or other not in known:
-                    calls.append(([key] if number == 0 else [], None if other in known else other))
-                known.add(other)
-        if uncond in keys and uncond not in known:
-            calls.append(([], uncond))
-        return calls
 
     def _wrapped(
         self, key: str, around: Around, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any
@@ -195,14 +158,14 @@ class Lane:
         guider.predict = lambda x, sigma, options, seed: self._plain([key], around, x, sigma, options, seed)[key]
         return {key: guider(x, sigma, options, seed)}
 
-    def _batches(self, terms: Sequence[str], options: dict[str, Any]) -> bool:
+    def _batches(self, keys: Sequence[str], around: Around, options: dict[str, Any]) -> bool:
         """ControlNets, patches that read the index and replaced functions know only cond and uncond."""
         return not (
             self.reads_index
             or "sampler_calc_cond_batch_function" in options
             or self.is_replaced
             or placing.is_replaced(self.functions["calc_cond_batch"])
-            or any("control" in entry for term in terms for entry in self.conds[term])
+            or any("control" in entry for key in keys if key != around.base for entry in self.conds[key])
         )
 
     def _evaluate(
@@ -214,7 +177,7 @@ class Lane:
             return self._through_sampling_function(terms, uncond, x, sigma, options, seed)
         if len(terms) > 1:
             places = [*terms, *([] if uncond is None else [uncond])]
-            marked = _with_stock_indices(options, None if uncond is None else len(terms))
+            marked = with_stock_indices(options, None if uncond is None else len(terms))
             return list(comfy.samplers.calc_cond_batch(model, [self.conds[key] for key in places], x, sigma, marked))
         # In stock form: the place of what is not evaluated stays.
         pair = [self.conds[terms[0]] if terms else None, None if uncond is None else self.conds[uncond]]
@@ -232,7 +195,7 @@ class Lane:
         taken: list[Tensor] = []
         options = hooks.taking(options, lambda *predictions: taken.extend(predictions))
         if not terms:
-            options = _with_stock_indices(options, 0)
+            options = with_stock_indices(options, 0)
         cond, other = (self.conds[terms[0]], uncond) if terms else (self.conds[uncond or BASE], None)
         comfy.samplers.sampling_function(
             self.patcher.model,
@@ -278,26 +241,6 @@ def predict(
             with lane.at_work():
                 found.update(lane.predictions(together, around, x, sigma, own, seed))
     return found
-
-
-def _with_stock_indices(options: dict[str, Any], uncond: int | None) -> dict[str, Any]:
-    """Options under which patches see only the indices they know: 0 for every term, 1 for the unconditional.
-
-    Args:
-        options: a model's options.
-        uncond: the unconditional's place among the conditionings of the call, if it is among them.
-    """
-    previous = options.get("model_function_wrapper")
-
-    def call(apply_model: Any, args: dict[str, Any]) -> Tensor:
-        indices = [1 if index == uncond else 0 for index in args["cond_or_uncond"]]
-        args["cond_or_uncond"] = indices
-        args["c"]["transformer_options"]["cond_or_uncond"] = indices[:]
-        if previous is not None:
-            return previous(apply_model, args)
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    return {**options, "model_function_wrapper": call}
 
 
 def covers(conds: Sequence[dict], sigma: float) -> bool:

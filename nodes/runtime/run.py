@@ -15,7 +15,8 @@ from ...gcfg.guidance_cache import DeltaCache, DeltaName, Member
 from ...gcfg.plan import ActiveTerm, GuidancePlan, total_weight
 from ...gcfg.steps import Steps
 from . import checks, hooks, placing
-from .lanes import BASE, Around, Lane, Predictions, covers, predict
+from .calls import Around
+from .lanes import BASE, Lane, Predictions, covers, predict
 from .readings import Readings
 from .step import Known, Step, Terms, decided
 from .summing import Summing
@@ -103,12 +104,11 @@ class Run:
             options: the sampled model's options at this step, without its guidance hooks.
             seed: of the run.
         """
-        step = self._step(sigma, options, base_is_given=True)
+        step, given = self._step(sigma, options, base_is_given=True), {BASE: base}
         if step.is_around_a_term:  # which may have the name of the base
-            return self._combined(step, self._predicted(step, x, sigma, options, seed), x, sigma, options)
-        step = replace(step, wanted=tuple(key for key in step.wanted if key != BASE))
-        predictions = {**self._predicted(step, x, sigma, options, seed), BASE: base}
-        return self._combined(step, predictions, x, sigma, options)
+            given = {}
+        step = replace(step, wanted=tuple(key for key in step.wanted if key not in given))
+        return self._combined(step, {**self._predicted(step, x, sigma, options, seed), **given}, x, sigma, options)
 
     def _predicted(self, step: Step, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any) -> Predictions:
         keys = [self.keys[term.index] for term in step.acting]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from ...gcfg.errors import GuidanceError
 from ...training.config import Positive, Section
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ..settings import Evaluation, read_preset
+from ..settings import Methods as BudgetOfEach
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -34,34 +29,14 @@ class World(Section):
     controlnet_learning_rate: Annotated[float, Field(gt=0)]
 
 
-class Methods(Section):
+class Methods(BudgetOfEach):
     """The budget of every method on every concept."""
 
-    steps: Positive
-    batch_size: Positive
-    precision: Literal["fp32", "bf16"]
     seeds: tuple[int, ...]
 
 
-class Evaluation(Section):
-    """Sampler steps, and numbers of images for each concept and seed; those of the weight search are smaller."""
-
-    steps: Positive
-    fid_count: Positive
-    fid_search_count: Positive
-    per_prompt: Positive
-    search_per_prompt: Positive
-    conditions: Positive
-    per_condition: Positive
-    search_conditions: Positive
-    per_cell: Positive
-    diversity_per_prompt: Positive
-    sweep_concept: tuple[float, ...]
-    sweep_control: tuple[float, ...]
-
-
 class Settings(Section):
-    """A reproduction."""
+    """A reproduction; the numbers of images are for each concept and seed."""
 
     world: World
     methods: Methods
@@ -69,17 +44,5 @@ class Settings(Section):
 
 
 def read_settings(preset: str) -> Settings:
-    """Read a preset by its name, or the TOML file of that path.
-
-    Raises: GuidanceError: naming what is wrong in it.
-    """
-    path = PRESETS / f"{preset}.toml"
-    if not path.is_file():
-        path = Path(preset)
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
-        raise GuidanceError(f"{preset!r} is no preset and no TOML file; choose from {names}, or name a file.")
-    try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise GuidanceError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
+    """Read a preset by its name, or the TOML file of that path. Raises: GuidanceError: naming what is wrong in it."""
+    return read_preset(preset, PRESETS, Settings)

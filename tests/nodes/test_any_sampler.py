@@ -94,6 +94,35 @@ def test_a_mask_for_each_sample(gcfg, stock, prior, prompt, cases):
     assert torch.equal(got, expected)
 
 
+def test_two_samplers_in_a_row_each_with_its_own_patched_model(comfy, prior, concept, prompt, latent):
+    """As with Wan 2.2's two models, one for the high noise levels and one for the low ones."""
+    import sys
+
+    from comfyui_gcfg.nodes.sampling import GCFGKSamplerAdvanced
+
+    stock, ours = sys.modules["nodes"].KSamplerAdvanced(), GCFGKSamplerAdvanced()
+    ways = (1, 4, "euler", "normal")
+    stages = [
+        (prior, GuidanceTerm(1.5, model=concept), ("enable", 0, 2, "enable")),
+        (concept, GuidanceTerm(-2.0, model=prior, conditioning=prompt(3)), ("disable", 2, 10000, "disable")),
+    ]
+    got = expected = latent
+    for model, term, (noise, start, end, leftover) in stages:
+        seed, steps, sampler, scheduler = ways
+        cfg, positive, negative = 4.0, prompt(1), prompt(2)
+        patched = with_terms(model, term)
+        got = stock.sample(
+            patched, noise, seed, steps, cfg, sampler, scheduler, positive, negative, got, start, end, leftover
+        )[0]
+        terms = (GuidanceTerm(cfg, conditioning=positive), term)
+        expected = ours.sample(
+            model, noise, seed, steps, sampler, scheduler, negative, expected, start, end, leftover, term_1=terms
+        )[0]
+    assert torch.equal(got["samples"], expected["samples"])
+    plain = stock.sample(prior, "enable", *ways[:2], 4.0, *ways[2:], prompt(1), prompt(2), latent, 0, 2, "enable")[0]
+    assert not torch.equal(plain["samples"], got["samples"])
+
+
 @pytest.fixture
 def custom(custom_advanced, latent):
     """SamplerCustomAdvanced's run of any guider."""

@@ -84,10 +84,10 @@ def test_too_much_is_refused(trained, tmp_path, monkeypatch):
 def test_the_demo_s_files_are_made_of_them(trained, tmp_path, monkeypatch):
     """At Stable Diffusion's width, in the keys that stock loaders want; the concept folded, which any loader runs."""
     publish(trained[0], read_settings("long"), tmp_path / "published")
-    monkeypatch.setattr(emoji_world, "TRAINED", tmp_path / "published")
+    monkeypatch.setattr(small_world, "TRAINED", tmp_path / "published")
     for name in ("TRUTH", "PLACED"):
         monkeypatch.setattr(emoji_world, name, tmp_path / "published" / getattr(emoji_world, name).name)
-    for unet in (emoji_world.prior(), emoji_world.custom(), emoji_world.concept(), emoji_world.concept("animal")):
+    for unet in (small_world.prior(), small_world.custom(), emoji_world.concept(), emoji_world.concept("animal")):
         assert unet["input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
         assert unet["input_blocks.0.0.weight"].dtype == torch.float16
     concept = emoji_world.concept()
@@ -96,8 +96,8 @@ def test_the_demo_s_files_are_made_of_them(trained, tmp_path, monkeypatch):
     assert all(
         torch.equal(value[::5].float(), expected[block].half().float()) for block, value in features(concept).items()
     )
-    assert emoji_world.controlnet()["control_model.input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
-    assert emoji_world.vae()["taesd_encoder.0.weight"].shape == (64, 3, 3, 3)
+    assert small_world.controlnet()["control_model.input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
+    assert small_world.vae()["taesd_encoder.0.weight"].shape == (64, 3, 3, 3)
     assert "text_model.encoder.layers.11.mlp.fc1.weight" in emoji_world.clip()
     emoji_world.write_inputs(tmp_path / "input")
     assert sorted(path.name for path in (tmp_path / "input").iterdir()) == ["full-body.png", "portrait.png"]
