@@ -168,6 +168,20 @@ def custom_advanced(comfy, extra):
     return sample
 
 
+@pytest.fixture(scope="session")
+def gcfg_model(comfy):
+    """A model with terms on it, by our node, for whatever samples it."""
+    from comfyui_gcfg.nodes.model import GCFGModel
+    from comfyui_gcfg.nodes.runtime import versions
+
+    def make(model, *terms):
+        if not versions.HAS_HOOKS:
+            pytest.skip("this ComfyUI has no wrappers around a run")
+        return GCFGModel().make(model, term_1=terms)[0]
+
+    return make
+
+
 @pytest.fixture
 def count_forwards():
     """Record (module id, batch) of every UNet call."""

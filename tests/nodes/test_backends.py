@@ -175,6 +175,18 @@ def test_compiled_clones_that_differ(
     assert len(graphs) == first, "nothing is compiled again in a second run"
 
 
+def test_a_compiled_block_under_gcfg_model(
+    gcfg, gcfg_model, stock, load_unet, weights, concept, prompt, latent, block_compiled, graphs
+):
+    term = GuidanceTerm(1.5, model=concept, conditioning=prompt(3))
+    compiled = block_compiled(load_unet(weights("sd15", 0)))
+    for model in (gcfg_model(compiled, term), block_compiled(gcfg_model(load_unet(weights("sd15", 0)), term))):
+        got = stock(model, prompt(1), prompt(2), latent, cfg=4.0, steps=2)
+        own = GuidanceTerm(4.0, conditioning=prompt(1))
+        assert torch.equal(got, gcfg(compiled, prompt(2), [own, term], latent, steps=2))
+    assert graphs
+
+
 def test_a_separated_clone_compiles_its_own_module(comfy, load_unet, weights, lora):
     """Compiled by an object patch, as ComfyUI did up to 0.3.29; no weight patch reaches below it, so look at it."""
     from comfyui_gcfg.nodes.runtime.clones import separate

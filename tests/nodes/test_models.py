@@ -216,6 +216,21 @@ def test_controlnet_of_the_plain_node_reaches_the_unconditional(
     assert relative(close, expected) < 1e-2, "whichever socket it is on"
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["Apply ControlNet", "advanced"])
+def test_controlnet_of_a_sampler_with_gcfg_model(
+    gcfg, gcfg_model, stock, prior, concept, prompt, latent, controlnet, plain
+):
+    """The sampler's own prompts come from its guider, and bring what hangs on them."""
+    nodes, style = sys.modules["nodes"], GuidanceTerm(1.5, model=concept, conditioning=prompt(3))
+    if plain:
+        positive, negative = _controlled(nodes, controlnet, prompt(1)), prompt(2)
+    else:
+        positive, negative = _controlled(nodes, controlnet, prompt(1), prompt(2))
+    got = stock(gcfg_model(prior, style), positive, negative, latent)
+    assert torch.equal(got, gcfg(prior, negative, [GuidanceTerm(7.5, conditioning=positive), style], latent))
+    assert not torch.equal(got, stock(gcfg_model(prior, style), prompt(1), prompt(2), latent))
+
+
 def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, concept, prompt, latent, controlnet):
     """Against the sum of one-step predictions: D = D0 + w (C - D0), with C from the stock sampler at cfg 1."""
     positive = _controlled(sys.modules["nodes"], controlnet, prompt(1), prompt(1))[0]
