@@ -108,7 +108,7 @@ class _Terms:
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
             return GCFGGuider(model, conds[FIRST], self.terms, NODE, self._watch)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), NODE, self._watch)
+        return GCFGGuider(model, conds[BASE], (own, *self.terms), NODE, self._watch, cfg_of=0)
 
 
 class _Within(comfy.samplers.Sampler):

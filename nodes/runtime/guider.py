@@ -34,6 +34,15 @@ class GCFGGuider(comfy.samplers.CFGGuider):
     Sampling and everything around it stay ComfyUI's; ours are `inner_sample`, where the further models are prepared,
     and `predict_noise`, where they are evaluated.
 
+    Args:
+        model_patcher: the unconditional model.
+        unconditional: its conditioning.
+        terms: the terms.
+        node: the node's name, for errors.
+        watch: who looks at its runs.
+        cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
+            all that is summed.
+
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
     """
@@ -49,6 +58,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         terms: Sequence[GuidanceTerm],
         node: str,
         watch: Watch | None = None,
+        cfg_of: int | None = None,
     ) -> None:
         super().__init__(model_patcher)
         checks.check_terms(node, terms)
@@ -63,9 +73,13 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         self.looked_at = looked_at(terms)
         self.groups = grouped(model_patcher, self.sources)
         self.rules = self._rules()
-        two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
-        if two is not None:
-            self.cfg = Weight(terms[two[0]].weight)
+        self.cfg_of = cfg_of
+        two = None
+        if cfg_of is None or not versions.has_wrappers(PREDICT, model_patcher):  # which may set one weight of the two
+            two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
+        of_stock = cfg_of if two is None else two[0]
+        if of_stock is not None:
+            self.cfg = Weight(terms[of_stock].weight)
         self.keys = keyed(self.groups, unconditional, self.sources, two)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
@@ -245,6 +259,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             outside,
             self.looked_at,
             ranged(conds),
+            self.cfg_of,
             recorder,
         )
 

@@ -122,10 +122,7 @@ def _joins(found: Sequence[Source], source: Source, group: Group, is_base: bool)
     if not takes(source.patcher, group.patcher):
         return False
     # Wrappers around a whole prediction keep the state of one.
-    held = bool(getattr(source.patcher, "wrappers", {}).get(PREDICT)) or bool(
-        versions.wrappers(PREDICT, source.patcher.model_options)
-    )
-    alone = not is_base and held
+    alone = not is_base and versions.has_wrappers(PREDICT, source.patcher)
     return not alone or all(_same_prediction(source, found[other]) for other in group.places)
 
 

@@ -38,6 +38,7 @@ class Run:
         outside: ComfyUI's sampling functions as they stand outside of all models' wrappers.
         looked_at: the places of the terms that relations look at, by label.
         ranged: keys of conditionings that are limited to a part of the sampling.
+        cfg_of: the place of the term whose weight is a sampler's cfg; None where there is none.
         recorder: takes readings, where anybody looks.
         cache: deltas that are carried on, where a term allows it.
         known: what holds of the terms while it samples.
@@ -54,6 +55,7 @@ class Run:
     outside: placing.Functions
     looked_at: Mapping[str, int]
     ranged: set[str]
+    cfg_of: int | None = None
     recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
@@ -203,6 +205,8 @@ class Run:
         Returns:
             The terms, and which of them is the positive and which the negative of a pair.
         """
+        if self.cfg_of is not None:
+            return tuple(replace(term, weight=cfg) if term.index == self.cfg_of else term for term in acting), None
         if len(acting) == 1:
             return (replace(acting[0], weight=cfg),), None
         two = pair(acting)
@@ -215,7 +219,9 @@ class Run:
         return acting, None
 
     def weight_at(self, sigma: float) -> float:
-        """The weight of stock guidance at a noise level: of the positive of a pair, else the sum."""
+        """The weight of stock guidance at a noise level: a sampler's cfg, that of a pair's positive, or the sum."""
+        if self.cfg_of is not None:
+            return self.plan.terms[self.cfg_of].weight_at(sigma)
         acting = self.plan.active(sigma)
         two = pair(acting)
         return total_weight(acting) if two is None else two[0].weight

@@ -108,11 +108,16 @@ def wrappers(kind: str, options: dict[str, Any]) -> list[Any]:
     return found
 
 
+def has_wrappers(kind: str, patcher: Any) -> bool:
+    """Whether a model carries wrappers of a kind."""
+    held = getattr(patcher, "wrappers", {}).get(kind, {})
+    return any(held.values()) or bool(wrappers(kind, patcher.model_options))
+
+
 def has_run_wrappers(patcher: Any) -> bool:
     """Whether a model carries wrappers around a run or a whole prediction, which look at their guider."""
     kinds = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise")
-    held = getattr(patcher, "wrappers", {})
-    return any(any(held.get(kind, {}).values()) or wrappers(kind, patcher.model_options) for kind in kinds)
+    return any(has_wrappers(kind, patcher) for kind in kinds)
 
 
 def drop_wrappers(kind: str, options: dict[str, Any], other: dict[str, Any]) -> None:

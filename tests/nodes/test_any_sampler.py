@@ -245,6 +245,26 @@ def other(comfy, prompt):
     return make
 
 
+@pytest.mark.parametrize("name", ["another model", "a pair's other half"])
+@pytest.mark.parametrize("in_front", [True, False])
+def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
+    extra, caplog, gcfg, stock, prior, prompt, latent, cases, name, in_front
+):
+    node = getattr(extra("nodes_custom_sampler"), "CFGOverride", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no CFG Override")
+    (term,) = cases.get(name, [GuidanceTerm(-4.0, conditioning=prompt(3))])  # at cfg 5 the two would be stock guidance
+
+    def override(model):
+        return node.execute(model, 2.0, 0.0, 1.0).result[0]
+
+    model = with_terms(override(prior), term) if in_front else override(with_terms(prior, term))
+    got = stock(model, prompt(1), prompt(2), latent, cfg=5.0)
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(2.0, conditioning=prompt(1)), term], latent)
+    assert torch.equal(got, expected)
+    assert "CFG Override" not in caplog.text
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("guider", ["stock", "other"])
 def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
