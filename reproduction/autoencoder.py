@@ -78,11 +78,11 @@ def signed(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def new_autoencoder() -> AutoencoderTiny:
+def new_autoencoder(decoder_channels: int = CHANNELS) -> AutoencoderTiny:
     """Return an untrained TAESD without its blocks at full resolution: half the cost, and small pictures need none."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(CHANNELS,) * 4,
-        decoder_block_out_channels=(CHANNELS,) * 4,
+        decoder_block_out_channels=(decoder_channels,) * 4,
         num_encoder_blocks=(1, 1, 2, 3),
         num_decoder_blocks=(3, 2, 1, 1),
     )
@@ -103,8 +103,8 @@ def to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
     hides it at the last timestep, so that the starting noise, not the prompt, would choose the background's colour.
     """
     full = AutoencoderTiny(
-        encoder_block_out_channels=(CHANNELS,) * 4,
-        decoder_block_out_channels=(CHANNELS,) * 4,
+        encoder_block_out_channels=vae.config["encoder_block_out_channels"],
+        decoder_block_out_channels=vae.config["decoder_block_out_channels"],
     )
     out = {
         _key(side, _full_index(side, index), rest): torch.zeros_like(tensor)
@@ -118,7 +118,7 @@ def to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
 
 def from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
     """Return the network of weights in TAESD's keys."""
-    network = new_autoencoder().eval()
+    network = new_autoencoder(decoder_channels=len(vae[_key("decoder", 1, "weight")])).eval()
     state = {}
     for side, index, rest, _ in _walk(network):
         place = (_ENCODER if side == "encoder" else _DECODER)[index]

@@ -13,7 +13,8 @@ from ..autoencoder import signed
 from .pictures import Drawing, Drawings, compose, draw_placement, shown_solid
 from .vendors import THREE_D
 
-BATCH = 8
+BATCH = 16
+DECODER_CHANNELS = 64  # as TAESD; the encoder has half of them
 CROP = 64  # pixels of a side: a part of a picture teaches as much as the whole, at less than half of the cost
 LATENT_NOISE = 0.1  # that the decoder forgives
 _SOLID_SHARE = 0.35  # of the pictures: shading is what the flat looks do not teach
@@ -32,8 +33,8 @@ def autoencoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Gener
         encode, decode = vae.get_submodule("encoder"), vae.get_submodule("decoder")
         x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
         x = x.to(next(vae.parameters()).device)
-        z: Tensor = encode(x)
-        r: Tensor = decode(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z))
+        z = encode(x).float()
+        r = decode(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
         spread = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
         return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x) + 0.02 * spread
 
@@ -48,8 +49,8 @@ def decoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Generator
         x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
         x = x.to(next(vae.parameters()).device)
         with torch.no_grad():
-            z = vae.get_submodule("encoder")(x)
-        r = vae.get_submodule("decoder")(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z))
+            z = vae.get_submodule("encoder")(x).float()
+        r = vae.get_submodule("decoder")(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
         return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x)
 
     return loss

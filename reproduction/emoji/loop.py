@@ -27,6 +27,7 @@ class Plan:
         cooldown: part of the steps, at the end, over which it falls to zero.
         decay: of the averaged weights, which are what comes out.
         seed: of everything random.
+        bf16: whether the loss is computed in bfloat16 where PyTorch's autocast does so; weights stay in fp32.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class Plan:
     cooldown: float = 0.3
     decay: float = 0.9995
     seed: int = 0
+    bf16: bool = False
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -103,7 +105,8 @@ def train(
             group["lr"] = plan.rate(step)
         numbers = np.random.default_rng((plan.seed, step))
         noise = torch.Generator().manual_seed(int(numbers.integers(1 << 62)))
-        value = loss(network, numbers, noise)
+        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=plan.bf16):
+            value = loss(network, numbers, noise)
         optimizer.zero_grad()
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(parameters, 1.0)

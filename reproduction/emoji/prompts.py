@@ -15,6 +15,8 @@ from ...testkit.word_encoder import word_encoder
 from ...training.prior.text_encoder import END, LENGTH, START, clip_config
 from ..text import tokenizer
 
+_LENGTHS = 8  # multiples of it: a compiled UNet is compiled once for each length
+
 
 class Prompts:
     """Encodes prompts with the world's text encoder, each beginning of one once, and remembers it.
@@ -37,10 +39,10 @@ class Prompts:
         """Return the padding's vector and each prompt's tokens, and what is added to attention's logits.
 
         Returns: (B, L, 768) and (B, 1, L): the logarithm of how many paddings there are, 0 for each token, and minus
-            infinity behind the last one.
+            infinity behind the last one. L is a multiple of 8.
         """
         ids = [self._known(text) for text in texts]
-        length = 1 + max(map(len, ids))
+        length = -(-(1 + max(map(len, ids))) // _LENGTHS) * _LENGTHS
         tokens, bias = torch.zeros(len(ids), length, len(self._padding)), torch.full((len(ids), 1, length), -math.inf)
         tokens[:, 0] = self._padding
         for i, own in enumerate(ids):
@@ -90,7 +92,10 @@ class ShortText:
 
 
 def read_short_text(unet: nn.Module) -> ShortText:
-    """Make a diffusers UNet read short prompts; return where their bias goes before each call."""
+    """Make a diffusers UNet read short prompts, once; return where their bias goes before each call."""
+    known = next(iter(unet.attn_processors.values()))  # type: ignore[operator]
+    if isinstance(known, ShortText):  # another one would be compiled again
+        return known
     processor = ShortText()
     unet.set_attn_processor(processor)  # type: ignore[operator]
     return processor

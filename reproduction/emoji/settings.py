@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ class World(Section):
     judge_steps: Positive
     prior_steps: Positive
     prior_learning_rate: Annotated[float, Field(gt=0)]
+    precision: Literal["fp32", "bf16"] = Field(description="Of what trains UNets and the ControlNet.")
+    compiled: bool = Field(description="Whether torch.compile makes the prior faster; it wants a C++ compiler.")
     style_steps: Positive = Field(description="Of the prior that goes on with the second style.")
     controlnet_steps: Positive
     controlnet_learning_rate: Annotated[float, Field(gt=0)]

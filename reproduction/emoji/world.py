@@ -23,7 +23,7 @@ from ..autoencoder import from_taesd, new_autoencoder, to_taesd
 from ..world import controlnet_to_ldm
 from .folders import write_concept
 from .judge import Judge, SecondJudge, judge_loss
-from .learned_autoencoder import autoencoder_loss, decoder_loss
+from .learned_autoencoder import DECODER_CHANNELS, autoencoder_loss, decoder_loss
 from .learned_controlnet import controlnet_loss, new_controlnet
 from .learned_prior import new_unet, prior_loss, read_latents, write_latents
 from .loop import Loss, Plan, train
@@ -51,6 +51,10 @@ class World:
     def __init__(self, folder: Path, settings: Settings, cache: Path) -> None:
         self._folder, self._settings, self._cache = folder, settings, cache
 
+    @property
+    def _bf16(self) -> bool:
+        return self._settings.precision == "bf16"
+
     @cached_property
     def drawings(self) -> Drawings:
         """All drawings, rendered at the first call."""
@@ -77,8 +81,8 @@ class World:
     def train_autoencoder(self) -> None:
         """Train the autoencoder."""
         torch.manual_seed(0)
-        vae = new_autoencoder()
-        plan = Plan(self._settings.autoencoder_steps, 2e-3, decay=0.998)
+        vae = new_autoencoder(DECODER_CHANNELS)
+        plan = Plan(self._settings.autoencoder_steps, 1.5e-3, decay=0.998, bf16=self._bf16)
         self._train("autoencoder", vae, autoencoder_loss(self.drawings), plan)
         _write(to_taesd(vae), self._folder / _ENCODED)
 
@@ -86,7 +90,7 @@ class World:
         """Train the decoder further, and put it into the prior's checkpoint; the encoder, which made latents, stays."""
         vae = from_taesd(load_file(self._folder / _ENCODED))
         vae.encoder.requires_grad_(False)
-        plan = Plan(self._settings.decoder_steps, 1e-3, decay=0.998, seed=1)
+        plan = Plan(self._settings.decoder_steps, 1e-3, decay=0.998, seed=1, bf16=self._bf16)
         self._train("decoder", vae, decoder_loss(self.drawings), plan)
         weights = to_taesd(vae)
         _write(weights, self._folder / AUTOENCODER)
@@ -109,14 +113,19 @@ class World:
         """Train the UNet on the flat looks, and write the prior as one checkpoint in SD1.x's layout."""
         torch.manual_seed(0)
         unet = new_unet()
-        plan = Plan(self._settings.prior_steps, self._settings.prior_learning_rate, cooldown=0.25, seed=4)
+        plan = Plan(
+            self._settings.prior_steps, self._settings.prior_learning_rate, cooldown=0.25, seed=4, bf16=self._bf16
+        )
+        if self._settings.compiled:
+            unet.compile(dynamic=False)
         self._train("prior", unet, self._prior_loss("flat", flat), plan)
         self._write_checkpoint(unet, _ENCODED, PRIOR)
 
     def train_style(self) -> None:
         """Train the whole prior on with drawings in ink: somebody's stylised checkpoint."""
         unet = open_prior(self._folder / PRIOR).load_unet()
-        plan = Plan(self._settings.style_steps, self._settings.prior_learning_rate / 4, cooldown=0.5, seed=5)
+        rate = self._settings.prior_learning_rate / 4
+        plan = Plan(self._settings.style_steps, rate, cooldown=0.5, seed=5, bf16=self._bf16)
         self._train("ink", unet, self._prior_loss("ink", lambda row: row.look == INK), plan)
         self._write_checkpoint(unet, AUTOENCODER, STYLE)
 
@@ -128,7 +137,8 @@ class World:
         rows = self.drawings.choose(flat)
         latents = read_latents(rows, self._settings.variants, self._folder / "latents-flat.safetensors")
         loss = controlnet_loss(unet, latents, self.drawings, self.prompts, _device())
-        plan = Plan(self._settings.controlnet_steps, self._settings.controlnet_learning_rate, cooldown=0.5, seed=6)
+        rate = self._settings.controlnet_learning_rate
+        plan = Plan(self._settings.controlnet_steps, rate, cooldown=0.5, seed=6, bf16=self._bf16)
         self._train("ControlNet", control, loss, plan)
         _write(controlnet_to_ldm(control.state_dict()), self._folder / CONTROLNET)
 
