@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...testkit.word_encoder import word_encoder
-from ...training.prior.text_encoder import END, LENGTH, START, clip_config
-from ..text import tokenizer
+from ..gcfg.errors import GuidanceError
+from ..testkit.word_encoder import word_encoder
+from ..training.prior.text_encoder import END, LENGTH, START, clip_config
 
 _LENGTHS = 8  # multiples of it: a compiled UNet is compiled once for each length
 
@@ -99,3 +101,15 @@ def read_short_text(unet: nn.Module) -> ShortText:
     processor = ShortText()
     unet.set_attn_processor(processor)  # type: ignore[operator]
     return processor
+
+
+def tokenizer() -> Path:
+    """Return the folder of CLIP's tokenizer, which ComfyUI ships.
+
+    Raises: GuidanceError: if no ComfyUI is installed.
+    """
+    spec = find_spec("comfy")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (Path(folder) / "sd1_tokenizer" / "vocab.json").is_file():
+            return Path(folder) / "sd1_tokenizer"
+    raise GuidanceError("CLIP's tokenizer was not found; install ComfyUI, which ships it: make venv.")

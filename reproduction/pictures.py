@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...training.files import whole_folder
+from ..training.files import whole_folder
 from .captions import BACKGROUNDS
 from .things import Thing, things
 from .vendors import INK, THREE_D, read_pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...training.files import whole_folder
+from ..training.files import whole_folder
 from .pictures import Drawing, Drawings, compose, draw_placement
 from .vendors import THREE_D
 

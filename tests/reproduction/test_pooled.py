@@ -4,7 +4,7 @@ import json
 
 import pytest
 from comfyui_gcfg.evaluation.results import FORMAT
-from comfyui_gcfg.reproduction.emoji.pooled import read_numbers, spread, tables
+from comfyui_gcfg.reproduction.pooled import read_numbers, spread, tables
 
 
 @pytest.fixture

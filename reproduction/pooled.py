@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from ...evaluation.report import words
-from ...evaluation.results import RESULTS, read_result
-from ...training.files import whole_file
+from ..evaluation.report import words
+from ..evaluation.results import RESULTS, read_result
+from ..training.files import whole_file
 from .evaluation import HELD_OUT
 
 # Column -> where its numbers are: a task of `gcfg evaluate`, or the held-out measurement, and the number's name there.

@@ -5,17 +5,16 @@ import torch
 from comfyui_gcfg.gcfg.concept_file import describe, features, fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
+from comfyui_gcfg.reproduction import publish as module
 from comfyui_gcfg.reproduction.autoencoder import new_autoencoder, to_taesd
-from comfyui_gcfg.reproduction.emoji import publish as module
-from comfyui_gcfg.reproduction.emoji.captions import BACKGROUNDS
-from comfyui_gcfg.reproduction.emoji.judge import Judge
-from comfyui_gcfg.reproduction.emoji.learned_controlnet import new_controlnet
-from comfyui_gcfg.reproduction.emoji.learned_prior import new_unet
-from comfyui_gcfg.reproduction.emoji.publish import publish
-from comfyui_gcfg.reproduction.emoji.settings import read_settings
-from comfyui_gcfg.reproduction.emoji.things import things
-from comfyui_gcfg.reproduction.world import controlnet_to_ldm
-from comfyui_gcfg.testkit import emoji_world, small_world
+from comfyui_gcfg.reproduction.captions import BACKGROUNDS
+from comfyui_gcfg.reproduction.controlnet import controlnet_to_ldm, new_controlnet
+from comfyui_gcfg.reproduction.judge import Judge
+from comfyui_gcfg.reproduction.prior import new_unet
+from comfyui_gcfg.reproduction.publish import publish
+from comfyui_gcfg.reproduction.settings import read_settings
+from comfyui_gcfg.reproduction.things import things
+from comfyui_gcfg.testkit import small_world
 from comfyui_gcfg.testkit.models import save_checkpoint
 from comfyui_gcfg.testkit.word_encoder import word_encoder
 from PIL import Image
@@ -33,6 +32,8 @@ def trained(tmp_path, drawings, monkeypatch):
     folder.mkdir()
     (tmp_path / "drawings").rename(folder / "drawings")
     monkeypatch.setattr(module, "PLACED", ("Noto", "dog-face", "green"))  # the made-up world has no penguin
+    for part in (module, small_world):
+        monkeypatch.setattr(part, "WORDS", ("a dog face", "a cowboy hat face"))
     save_checkpoint(folder / "prior.safetensors", unet, vae, word_encoder())
     save_file(vae, folder / "autoencoder.safetensors")
     control = controlnet_to_ldm(new_controlnet(network).state_dict())
@@ -59,11 +60,14 @@ def test_all_models_fit_and_are_the_trained_ones(trained, tmp_path):
     size = publish(folder, read_settings("long"), tmp_path / "published")
     files = {path.stem: path for path in (tmp_path / "published").iterdir()}
     weights = [path for path in files.values() if path.suffix == ".safetensors"]
-    assert size == sum(path.stat().st_size for path in weights) < 40 * 2**20
+    assert size == sum(path.stat().st_size for path in weights) <= 40_000_000
     assert set(files) == {
         *("prior", "autoencoder", "controlnet", "judge", "concept_face", "concept_animal"),
-        *("dreambooth", "lora", "textual_inversion", "truth", "placed"),
+        *("dreambooth", "lora", "textual_inversion", "truths", "placed"),
     }
+    with Image.open(files["truths"]) as truths:
+        assert truths.size == (2 * 96, 96)
+        assert [truths.getpixel(place) for place in ((48, 48), (144, 48), (2, 2))] == [(0, 0, 255)] * 2 + [(255,) * 3]
     with Image.open(files["placed"]) as placed:
         assert placed.getpixel((48, 48))[3] == 0  # ComfyUI's mask is one where this is zero
         assert placed.getpixel((0, 0)) == (*BACKGROUNDS["green"], 255)
@@ -85,12 +89,10 @@ def test_the_demo_s_files_are_made_of_them(trained, tmp_path, monkeypatch):
     """At Stable Diffusion's width, in the keys that stock loaders want; the concept folded, which any loader runs."""
     publish(trained[0], read_settings("long"), tmp_path / "published")
     monkeypatch.setattr(small_world, "TRAINED", tmp_path / "published")
-    for name in ("TRUTH", "PLACED"):
-        monkeypatch.setattr(emoji_world, name, tmp_path / "published" / getattr(emoji_world, name).name)
-    for unet in (small_world.prior(), small_world.custom(), emoji_world.concept(), emoji_world.concept("animal")):
+    for unet in (small_world.prior(), small_world.custom(), small_world.concept(), small_world.concept("animal")):
         assert unet["input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
         assert unet["input_blocks.0.0.weight"].dtype == torch.float16
-    concept = emoji_world.concept()
+    concept = small_world.concept()
     assert describe(concept).form == "folded"
     expected = features(trained[2])
     assert all(
@@ -98,12 +100,10 @@ def test_the_demo_s_files_are_made_of_them(trained, tmp_path, monkeypatch):
     )
     assert small_world.controlnet()["control_model.input_blocks.0.0.weight"].shape == (320, 4, 3, 3)
     assert small_world.vae()["taesd_encoder.0.weight"].shape == (64, 3, 3, 3)
-    assert "text_model.encoder.layers.11.mlp.fc1.weight" in emoji_world.clip()
-    emoji_world.write_inputs(tmp_path / "input")
+    assert "text_model.encoder.layers.11.mlp.fc1.weight" in small_world.clip()
+    small_world.write_inputs(tmp_path / "input")
     assert sorted(path.name for path in (tmp_path / "input").iterdir()) == ["full-body.png", "portrait.png"]
 
 
-def test_its_words_are_held_out_and_its_prompts_are_the_world_s():
-    kept = {thing.words for thing in things() if thing.held_out}
-    assert set(emoji_world.WORDS) <= kept
-    assert set(emoji_world.PROMPTS) == set(small_world.PROMPTS)
+def test_the_demo_s_words_are_held_out():
+    assert set(small_world.WORDS) <= {thing.words for thing in things() if thing.held_out}

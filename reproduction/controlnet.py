@@ -1,20 +1,20 @@
-"""The ControlNet of the world of emoji: the prior follows the edges of a picture."""
+"""The ControlNet of the world: the prior follows the edges of a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ...evaluation.metrics.canny import edges
-from ...training.objective import Objective
-from ..prior import open_hints
+from ..evaluation.metrics.canny import edges
+from ..gcfg.unet_keys import diffusers_to_ldm
+from ..training.objective import Objective
 from .captions import draw_caption
-from .learned_prior import BATCH, Latents
 from .pictures import Drawings, compose
+from .prior import BATCH, Latents
 from .prompts import Prompts, read_short_text
 
 HINT_CHANNELS = (16, 32, 96, 256)  # ControlNet's own
@@ -66,3 +66,38 @@ def controlnet_loss(
         return (found - eps.to(device)).square().mean()
 
     return loss
+
+
+def open_hints(control: ControlNetModel) -> None:
+    """Start the layers that read edges at full strength, and let only the last of them learn.
+
+    Layers made for a long training start near zero: within some hundred steps nothing of the edges would pass them.
+    """
+    hints = control.controlnet_cond_embedding
+    hints.requires_grad_(False)
+    for layer in (hints.conv_in, *hints.blocks, hints.conv_out):
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    hints.conv_out.requires_grad_(True)
+
+
+def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a diffusers ControlNet in the keys of published ControlNet files, `control_model.` first."""
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith("control")}
+    ldm = diffusers_to_ldm({name: tensor for name, tensor in state_dict.items() if name not in own})
+    hints = sum(name.startswith("controlnet_cond_embedding.blocks.") and name.endswith("weight") for name in own)
+    for name, tensor in own.items():
+        part, _, kind = name.rpartition(".")
+        match part.split("."):
+            case ["controlnet_cond_embedding", "conv_in"]:
+                place = "input_hint_block.0"
+            case ["controlnet_cond_embedding", "blocks", number]:
+                place = f"input_hint_block.{2 * int(number) + 2}"
+            case ["controlnet_cond_embedding", "conv_out"]:
+                place = f"input_hint_block.{2 * hints + 2}"
+            case ["controlnet_down_blocks", number]:
+                place = f"zero_convs.{number}.0"
+            case _:
+                place = "middle_block_out.0"
+        ldm[f"{place}.{kind}"] = tensor
+    return {f"control_model.{name}": tensor for name, tensor in ldm.items()}

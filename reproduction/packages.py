@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...gcfg.errors import GuidanceError
-from ...training.files import whole_folder
+from ..gcfg.errors import GuidanceError
+from ..training.files import whole_folder
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from string import Template
 
-from ...training.files import whole_file
+from ..training.files import whole_file
 from .captions import plain
 from .held_out import measure_held_out, truth_distance
 from .judge import features, second_reads

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...evaluation.images import read_shard
-from ...evaluation.results import RESULTS, read_result
+from ..evaluation.images import read_shard
+from ..evaluation.results import RESULTS, read_result
 from .things import things
 
 Features = Callable[[Tensor], Tensor]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.reproduction.emoji import packages
-from comfyui_gcfg.reproduction.emoji.captions import BACKGROUNDS
-from comfyui_gcfg.reproduction.emoji.folders import write_concept
-from comfyui_gcfg.reproduction.emoji.learned_prior import placed
-from comfyui_gcfg.reproduction.emoji.packages import Package, fetch
-from comfyui_gcfg.reproduction.emoji.pictures import Placement, compose, draw_placement, flat, shown_solid
+from comfyui_gcfg.reproduction import packages
+from comfyui_gcfg.reproduction.captions import BACKGROUNDS
+from comfyui_gcfg.reproduction.folders import write_concept
+from comfyui_gcfg.reproduction.packages import Package, fetch
+from comfyui_gcfg.reproduction.pictures import Placement, compose, draw_placement, flat, shown_solid
+from comfyui_gcfg.reproduction.prior import placed
 from PIL import Image
 
 

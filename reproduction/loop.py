@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...training.files import whole_file
+from ..training.files import whole_file
 
 Loss = Callable[[nn.Module, np.random.Generator, torch.Generator], Tensor]
 

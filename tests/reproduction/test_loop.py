@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_gcfg.reproduction.emoji.loop import Plan, Watch, train
+from comfyui_gcfg.reproduction.loop import Plan, Watch, train
 from torch import nn
 
 PLAN = Plan(steps=40, learning_rate=0.05, warm_up=5, cooldown=0.5, decay=0.9, seed=3)
