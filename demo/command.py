@@ -146,7 +146,7 @@ def draw_held_out(client: Client, job: Job, output: Path) -> None:
             return path
 
         held_out_sheet(job.prompt, run).save(output / "held-out.png")
-    print(f"held out: {output / 'digits.png'}")
+    print(f"held out: {output / 'held-out.png'}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
