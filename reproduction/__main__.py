@@ -19,22 +19,29 @@ def reproduce(
         Path | None, typer.Option(help="Where everything goes; .cache/reproduction/PRESET if not given.")
     ] = None,
     cache: Annotated[Path, typer.Option(help="Where the npm packages are, or go.")] = Path(".cache/npm"),
-    publish: Annotated[
-        Path | None, typer.Option(help="Then write the trained models in half precision to this folder.")
+    publish: Annotated[Path | None, typer.Option(help="Then write the trained models to this folder.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="The page; evaluation/reproduction.md in the folder if not given."),
     ] = None,
 ) -> None:
     """Train the world and every method in it, and measure them.
 
     It may be killed at any time: the same command goes on where it was.
     """
+    from .pooled import write_pages
     from .publish import publish as write
     from .settings import read_settings
     from .stages import run_each, stages
+    from .world import CONCEPTS
 
     try:
         where = folder or Path(".cache/reproduction") / Path(preset).stem
         settings = read_settings(preset)
-        print(f"{run_each(stages(where, settings, cache), where) / 60:.1f} minutes in all")
+        minutes = run_each(stages(where, settings, cache), where) / 60
+        page = page or where / "evaluation" / "reproduction.md"
+        write_pages(where, CONCEPTS, settings.methods.seeds, page)
+        print(f"{minutes:.1f} minutes in all; see {page}")
         if publish:
             print(f"{write(where, settings, publish) / 1e6:.1f} MB in {publish}")
     except GuidanceError as error:

@@ -14,7 +14,6 @@ from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from .evaluation import write_evaluation, write_held_out
 from .methods import ABLATIONS, methods
-from .pooled import write_tables
 from .settings import Settings
 from .world import CONCEPTS, World
 
@@ -63,7 +62,6 @@ def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
             for task in _TASKS:
                 yield Stage(f"evaluate {concept} {task} {seed}", _evaluating(folder, settings, concept, task, seed))
             yield Stage(f"held out {concept} {seed}", _measuring(folder, concept, seed))
-        yield Stage(f"tables {concept}", _writing(folder, settings, concept))
 
 
 def run_each(stages: Iterable[Stage], folder: Path) -> float:
@@ -102,10 +100,6 @@ def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed:
 
 def _measuring(folder: Path, concept: str, seed: int) -> Callable[[], None]:
     return lambda: write_held_out(folder, concept, seed)
-
-
-def _writing(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
-    return lambda: write_tables(folder, concept, settings.methods.seeds)
 
 
 def _config(folder: Path, settings: Settings, concept: str) -> Path:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from comfyui_gcfg.evaluation.results import FORMAT
-from comfyui_gcfg.reproduction.pooled import read_numbers, spread, tables
+from comfyui_gcfg.reproduction.pooled import read_numbers, spread, statements, tables
+from comfyui_gcfg.testkit.results import result
 
 
 @pytest.fixture
@@ -28,15 +29,32 @@ def test_each_number_is_of_all_seeds(folder):
     assert titles == {"ours": "Ours", "lora": "LoRA"}
     text = tables(folder, "face", [0, 1, 2])
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[2:4] == ["| LoRA | 30.0 (20.0 .. 40.0) |", "| Ours | 30.0 (20.0 .. 40.0) |"]
+    assert rows[2:4] == [
+        "| LoRA | 30.0 (20.0 .. 40.0) | - | - | - |",
+        "| Ours | 30.0 (20.0 .. 40.0) | 859M | 6.57 | 18.82 |",
+    ]
     ours = rows[-1].split(" | ")
     assert ours[1] == "0.600 (0.500 .. 0.700)"
     assert ours[4] == "4.000 (3.000 .. 5.000)"
     assert rows[-2].split(" | ")[4] == "-"  # of LoRA it was not measured
-    assert "3 trainings of each method" in text
-    assert "Real pictures' own distance: 1.000 (1.000 .. 1.000)" in text
+    assert "Real pictures of the held-out things are 1.000 (1.000 .. 1.000) from each other." in text
 
 
 def test_nothing_measured_is_a_dash():
     assert spread([]) == "-"
     assert spread([12.34, 10.0]) == "11.2 (10.0 .. 12.3)"
+
+
+def test_what_the_paper_says_is_counted_over_the_trainings(tmp_path):
+    """In one of the three trainings DreamBooth's FID is lower; for animals nothing was measured."""
+    for seed, ours in enumerate((10.0, 25.0, 10.0)):  # DreamBooth's is 20
+        results = tmp_path / "evaluation" / f"face-{seed}" / "results"
+        results.mkdir(parents=True)
+        for method, numbers in (("ours", {"fid": ours}), ("dreambooth", {})):
+            stored = result(method, "fid")
+            stored["numbers"] |= numbers
+            (results / f"fid-{method}.json").write_text(json.dumps(stored))
+    table = statements(tmp_path, ["face", "animal"], [0, 1, 2])
+    (line,) = [line for line in table.splitlines() if "lowest FID of all personalization methods" in line]
+    assert line.split(" | ")[-2:] == ["2 of 3", "- |"]
+    assert "| statement | rule | faces | animals |" in table
