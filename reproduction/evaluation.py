@@ -22,8 +22,17 @@ _DECOUPLED = {"face": ("angry-face", "crying-face", "nerd-face"), "animal": ("ti
 _SWEEP = {"face": "smiling-face-with-sunglasses", "animal": "tiger-face"}
 
 
-def write_evaluation(folder: Path, settings: Settings, concept: str, seed: int) -> Path:
-    """Write the config of one concept and seed, and return its path."""
+def write_evaluation(folder: Path, settings: Settings, concept: str, seed: int, run: str = "") -> Path:
+    """Write the config of one concept and seed, and return its path.
+
+    Args:
+        folder: of the reproduction.
+        settings: how much is measured.
+        concept: face or animal.
+        seed: of the images.
+        run: what the folders of the trainings end in; the seed if not given.
+    """
+    run = run or str(seed)
     world = {thing.name: thing for thing in things()}
     asked = [(thing.words, name) for name, thing in world.items() if thing.group == concept and thing.held_out]
     asked += [(describe(concept, attribute), attribute) for attribute in _ATTRIBUTES[concept]]
@@ -33,6 +42,7 @@ def write_evaluation(folder: Path, settings: Settings, concept: str, seed: int) 
     values |= {
         "concept": concept,
         "seed": seed,
+        "run": run,
         "first": settings.methods.seeds[0],
         "plain": plain(concept),
         "prompts": "\n".join(f'    {{ prompt = "{prompt}", label = "{label}" }},' for prompt, label in asked),
@@ -40,7 +50,7 @@ def write_evaluation(folder: Path, settings: Settings, concept: str, seed: int) 
         "sweep_prompt": world[_SWEEP[concept]].words,
         "sweep_label": _SWEEP[concept],
     }
-    path = folder / f"evaluation-{concept}-{seed}.toml"
+    path = folder / f"evaluation-{concept}-{run}.toml"
     path.write_text(Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
     return path
 

@@ -1,7 +1,7 @@
 """The trained rows of the tables: what each method changes in the settings that all share, `configs/method.toml`.
 
-The budget rule: the same images, the same number of steps and the same batch for all; the learning rate is 5e-4 where
-the UNet's own weights are trained, and higher where few new ones are, which would not move otherwise.
+The budget rule: the same images, the same number of steps and the same batch for all, and the learning rate of one grid
+that suits each best, see `tuning`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ def methods(concept: str) -> dict[str, list[str]]:
         "concept_zero": ["model.null_text=zero"],
         "dreambooth": prompt,
         "custom_diffusion": [*prompt, "model.method=cross_attention"],
-        "lora": [*prompt, "model.method=lora", "model.rank=4", "train.learning_rate=2e-3"],
-        "oft": [*prompt, "model.method=oft", "model.oft_block_size=16", "train.learning_rate=2e-3"],
+        "lora": [*prompt, "model.method=lora", "model.rank=4"],
+        "oft": [*prompt, "model.method=oft", "model.oft_block_size=16"],
         "textual_inversion": [
             "model.mode=prompt",
             "model.method=textual_inversion",
             'model.prompt="a picture of a <solid>"',
             "model.token=<solid>",
             f"model.initializer={concept}",
-            "train.learning_rate=1e-2",
         ],
     }
 
 
-# Trained with one seed only: the other forms of the null-text constants, on one concept.
+# Trained with one seed only, at the concept's learning rate: the other forms of the null-text constants.
 ABLATIONS = ("concept_attention_mean", "concept_zero")

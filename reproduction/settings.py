@@ -42,6 +42,7 @@ class Methods(Section):
     steps: Positive
     batch_size: Positive
     precision: Literal["fp32", "bf16"]
+    learning_rates: tuple[float, ...] = Field(description="Tried for every method with the first seed.")
     seeds: tuple[int, ...]
 
 

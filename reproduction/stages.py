@@ -13,8 +13,9 @@ from ..command.main import app
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from .evaluation import write_evaluation, write_held_out
-from .methods import ABLATIONS, methods
+from .methods import methods
 from .settings import Settings
+from .tuning import choose, learning_rate, run_name, tuned, write_tuning
 from .world import CONCEPTS, World
 
 STAGES = "stages.json"
@@ -51,12 +52,18 @@ def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
     yield Stage("judges", world.train_judges)
     yield Stage("second style", world.train_style)
     yield Stage("ControlNet", world.train_controlnet)
+    first, *others = settings.methods.seeds
     for concept in CONCEPTS:
         yield Stage(f"cache {concept}", _caching(folder, settings, concept))
+        for number, rate in enumerate(settings.methods.learning_rates):
+            for name in tuned(concept):
+                training = _training(folder, settings, concept, name, first, run_name(number), rate)
+                yield Stage(f"train {concept} {name} at {rate:g}", training)
+            yield Stage(f"evaluate {concept} at {rate:g}", _tuning(folder, settings, concept, number))
+        yield Stage(f"choose the rates {concept}", _choosing(folder, settings, concept))
         for name in methods(concept):
-            for seed in settings.methods.seeds:
-                if seed == settings.methods.seeds[0] or name not in ABLATIONS:
-                    yield Stage(f"train {concept} {name} {seed}", _training(folder, settings, concept, name, seed))
+            for seed in others if name in tuned(concept) else [first]:
+                yield Stage(f"train {concept} {name} {seed}", _training(folder, settings, concept, name, seed))
     for concept in CONCEPTS:
         for seed in settings.methods.seeds:
             for task in _TASKS:
@@ -88,10 +95,31 @@ def _caching(folder: Path, settings: Settings, concept: str) -> Callable[[], Non
     return lambda: run_gcfg("cache", str(_config(folder, settings, concept)))
 
 
-def _training(folder: Path, settings: Settings, concept: str, name: str, seed: int) -> Callable[[], None]:
-    own = [*methods(concept)[name], f"output.folder={name}-{seed}", f"output.name={name}", f"train.seed={seed}"]
-    changes = [part for setting in own for part in ("--set", setting)]
-    return lambda: run_gcfg("train", str(_config(folder, settings, concept)), *changes)
+def _training(
+    folder: Path, settings: Settings, concept: str, name: str, seed: int, run: str = "", rate: float | None = None
+) -> Callable[[], None]:
+    """Return a method's training, at its best rate if none is given, and with folders named by the seed."""
+
+    def train() -> None:
+        own = [
+            *methods(concept)[name],
+            f"output.folder={name}-{run or seed}",
+            f"output.name={name}",
+            f"train.seed={seed}",
+            f"train.learning_rate={rate or learning_rate(folder, concept, name)}",
+        ]
+        run_gcfg("train", str(_config(folder, settings, concept)), *(part for each in own for part in ("--set", each)))
+
+    return train
+
+
+def _tuning(folder: Path, settings: Settings, concept: str, number: int) -> Callable[[], None]:
+    rows = [part for row in tuned(concept).values() for part in ("--method", row)]
+    return lambda: run_gcfg("evaluate", "fid", str(write_tuning(folder, settings, concept, number)), *rows)
+
+
+def _choosing(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
+    return lambda: choose(folder, settings, concept)
 
 
 def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:

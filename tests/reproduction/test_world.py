@@ -119,9 +119,9 @@ def test_presets_are_complete_and_every_method_has_its_stages(preset, tmp_path):
     assert len(set(names)) == len(names)
     for concept in ("face", "animal"):
         for method in ("concept", "dreambooth", "custom_diffusion", "lora", "oft", "textual_inversion"):
-            assert [name for name in names if name.startswith(f"train {concept} {method} ")] == [
-                f"train {concept} {method} {seed}" for seed in settings.methods.seeds
-            ]
+            trainings = [name for name in names if name.startswith(f"train {concept} {method} ")]
+            rates = [f"train {concept} {method} at {rate:g}" for rate in settings.methods.learning_rates]
+            assert trainings == [*rates, *(f"train {concept} {method} {seed}" for seed in settings.methods.seeds[1:])]
 
 
 @pytest.mark.parametrize("concept", ["face", "animal"])
