@@ -33,8 +33,8 @@ def autoencoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Gener
         encode, decode = vae.get_submodule("encoder"), vae.get_submodule("decoder")
         x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
         x = x.to(next(vae.parameters()).device)
-        z = encode(x).float()
-        r = decode(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
+        z: Tensor = encode(x).float()
+        r: Tensor = decode(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
         spread = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
         return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x) + 0.02 * spread
 
