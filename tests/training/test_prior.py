@@ -12,6 +12,7 @@ from comfyui_gcfg.gcfg.concept_file import fold
 from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.gcfg.unet_keys import diffusers_to_ldm
 from comfyui_gcfg.testkit import layouts
+from comfyui_gcfg.testkit.models import full_taesd
 from comfyui_gcfg.training.data.shards import vae_fingerprint
 from comfyui_gcfg.training.prior.model import open_prior
 from comfyui_gcfg.training.prior.text_encoder import clip_config, encode_prompt, open_clip_config
@@ -637,6 +638,22 @@ def test_scale_and_shift_of_a_taesd(taesd_file):
     torch.testing.assert_close(scaled.decode(mean / 0.5 + 0.3).sample, plain.decode(mean).sample)
     assert vae_fingerprint(plain) != vae_fingerprint(scaled)  # so a cache of the one is none of the other
     assert vae_fingerprint(load_vae(taesd_file(), "sd1", "")) == vae_fingerprint(plain)
+
+
+def test_a_narrow_taesd_is_that_filled_up_with_zeros(tmp_path):
+    """Encoder and decoder may be of different widths; nothing is normed, so that channels of zeros say nothing."""
+    full = random({key: shape for key, shape in layouts.vae().items() if shape}, "")
+    narrow = {"vae_scale": torch.tensor(0.5), "vae_shift": torch.tensor(0.3)}
+    for key, tensor in full.items():
+        width = 24 if "encoder" in key else 40
+        narrow[key] = tensor[tuple(slice(width if side == 64 else side) for side in tensor.shape)].contiguous()
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    save_file(full_taesd(narrow), tmp_path / "full.safetensors")
+    small, whole = (load_vae(tmp_path / f"{name}.safetensors", "sd1", "") for name in ("narrow", "full"))
+    picture = torch.rand(1, 3, 32, 48) * 2 - 1
+    latent = small.encode(picture).latent_dist.mean
+    torch.testing.assert_close(whole.encode(picture).latent_dist.mean, latent)
+    torch.testing.assert_close(whole.decode(latent).sample, small.decode(latent).sample)
 
 
 def test_a_folder_with_diffusers_taesd(folder, tmp_path):

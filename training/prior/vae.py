@@ -181,12 +181,12 @@ def _tiny(lazy: LazyStateDict, shapes: Shapes, prefix: str, scaling_factor: floa
         if key.startswith(prefix) and (match := _TAESD_KEY.fullmatch(key.removeprefix(prefix))):
             number = int(match[2]) - (match[1] == "decoder")
             weights[f"{match[1]}.layers.{number}.{match[3]}"] = lazy[key].to(torch.float32, copy=True)
-    widths = (shapes[prefix + _TAESD_FIRST[0]][0],) * 4  # 64 in every published file
+    encoder, decoder = (shapes[prefix + mark][0] for mark in _TAESD_FIRST)  # 64 in every published file
     with torch.device("meta"):
         tiny = AutoencoderTiny(
             latent_channels=shapes[prefix + _TAESD_FIRST[1]][1],
-            encoder_block_out_channels=widths,
-            decoder_block_out_channels=widths,
+            encoder_block_out_channels=(encoder,) * 4,
+            decoder_block_out_channels=(decoder,) * 4,
         )
     tiny.load_state_dict(weights, assign=True)
     # ComfyUI's defaults where a file states none.
