@@ -646,14 +646,16 @@ def test_a_narrow_taesd_is_that_filled_up_with_zeros(tmp_path):
     narrow = {"vae_scale": torch.tensor(0.5), "vae_shift": torch.tensor(0.3)}
     for key, tensor in full.items():
         width = 24 if "encoder" in key else 40
-        narrow[key] = tensor[tuple(slice(width if side == 64 else side) for side in tensor.shape)].contiguous()
+        narrow[key] = 0.1 * tensor[tuple(slice(width if side == 64 else side) for side in tensor.shape)]
     save_file(narrow, tmp_path / "narrow.safetensors")
     save_file(full_taesd(narrow), tmp_path / "full.safetensors")
     small, whole = (load_vae(tmp_path / f"{name}.safetensors", "sd1", "") for name in ("narrow", "full"))
     picture = torch.rand(1, 3, 32, 48) * 2 - 1
     latent = small.encode(picture).latent_dist.mean
-    torch.testing.assert_close(whole.encode(picture).latent_dist.mean, latent)
-    torch.testing.assert_close(whole.decode(latent).sample, small.decode(latent).sample)
+    assert latent.std() > 0.01
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(whole.encode(picture).latent_dist.mean, latent, **close)
+    torch.testing.assert_close(whole.decode(latent).sample, small.decode(latent).sample, **close)
 
 
 def test_a_folder_with_diffusers_taesd(folder, tmp_path):
