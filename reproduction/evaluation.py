@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from string import Template
 
+from ..evaluation.config import METHODS
+from ..evaluation.results import RESULTS, Results, read_results
+from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
 from .captions import plain
 from .held_out import measure_held_out, truth_distance
@@ -15,6 +18,7 @@ from .things import describe, things
 from .world import JUDGE, SECOND_JUDGE
 
 HELD_OUT = "held_out.json"
+ROWS = ("fid", "alignment", "canny")  # the tasks of the tables
 _TEMPLATE = Path(__file__).parent / "configs" / "evaluation.toml"
 # Beside the held-out things: attributes, the paper's own where they occur, each with its label.
 _ATTRIBUTES = {"face": ("smiling", "sunglasses", "hat", "tears", "angry", "tongue"), "animal": ("smiling",)}
@@ -53,6 +57,23 @@ def write_evaluation(folder: Path, settings: Settings, concept: str, seed: int, 
     path = folder / f"evaluation-{concept}-{run}.toml"
     path.write_text(Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
     return path
+
+
+def same_weights(folder: Path, concept: str, first: int, task: str) -> list[str]:
+    """Return the options of `gcfg evaluate` that choose the tables' rows, with the weights found for the first seed.
+
+    Raises: GuidanceError: if the first seed's task was not measured.
+    """
+    results = Results(read_results(folder / "evaluation" / f"{concept}-{first}" / RESULTS)).of_task(task, METHODS)
+    if not results:
+        raise GuidanceError(f"No {task} of {concept}s with seed {first} was found; evaluate that first.")
+    options = []
+    for result in results:
+        terms = ", ".join(
+            f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in term.items())} }}" for term in result.terms
+        )
+        options += ["--method", result.method, "--set", f"methods.{result.method}.{task}.terms=[{terms}]"]
+    return options
 
 
 def write_held_out(folder: Path, concept: str, seed: int) -> None:

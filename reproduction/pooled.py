@@ -114,7 +114,8 @@ def page_text(folder: Path, concepts: Sequence[str], seeds: Sequence[int], detai
         "# The paper in a world of emoji",
         about,
         f"Each method was trained {len(seeds)} times for each concept; numbers are the mean of these trainings with "
-        "the least and the most. ↑: more is better, ↓: less. Details of one training of each, with pictures: "
+        "the least and the most. Weights were searched with the first training. ↑: more is better, ↓: less. Details of "
+        "the first training, with pictures: "
         + ", ".join(f"[{concept}s]({details}/{concept}.md)" for concept in concepts)
         + ".",
         "## What the paper says, and in how many trainings it holds here",

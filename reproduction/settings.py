@@ -50,6 +50,7 @@ class Evaluation(Section):
     """Sampler steps, and numbers of images; those of the weight search are smaller."""
 
     steps: Positive
+    precision: Literal["fp32", "bf16"]
     fid_count: Positive
     fid_search_count: Positive
     per_prompt: Positive

@@ -12,7 +12,7 @@ from string import Template
 from ..command.main import app
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
-from .evaluation import write_evaluation, write_held_out
+from .evaluation import ROWS, same_weights, write_evaluation, write_held_out
 from .methods import methods
 from .settings import Settings
 from .tuning import choose, learning_rate, run_name, tuned, write_tuning
@@ -20,7 +20,7 @@ from .world import CONCEPTS, World
 
 STAGES = "stages.json"
 _CONFIG = Path(__file__).parent / "configs" / "method.toml"
-_TASKS = ("fid", "alignment", "canny", "diversity", "sweep")
+_ONCE = ("diversity", "sweep")  # of the first seed alone, as all that is no row of a table
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,12 @@ def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
             for seed in others if name in tuned(concept) else [first]:
                 yield Stage(f"train {concept} {name} {seed}", _training(folder, settings, concept, name, seed))
     for concept in CONCEPTS:
+        for task in (*ROWS, *_ONCE):
+            yield Stage(f"evaluate {concept} {task} {first}", _evaluating(folder, settings, concept, task, first))
+        for seed in others:
+            for task in ROWS:
+                yield Stage(f"evaluate {concept} {task} {seed}", _again(folder, settings, concept, task, seed))
         for seed in settings.methods.seeds:
-            for task in _TASKS:
-                yield Stage(f"evaluate {concept} {task} {seed}", _evaluating(folder, settings, concept, task, seed))
             yield Stage(f"held out {concept} {seed}", _measuring(folder, concept, seed))
 
 
@@ -124,6 +127,16 @@ def _choosing(folder: Path, settings: Settings, concept: str) -> Callable[[], No
 
 def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:
     return lambda: run_gcfg("evaluate", task, str(write_evaluation(folder, settings, concept, seed)))
+
+
+def _again(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:
+    """Return the evaluation of the tables' rows of a further seed, with the weights that the first one was given."""
+
+    def evaluate() -> None:
+        config = write_evaluation(folder, settings, concept, seed)
+        run_gcfg("evaluate", task, str(config), *same_weights(folder, concept, settings.methods.seeds[0], task))
+
+    return evaluate
 
 
 def _measuring(folder: Path, concept: str, seed: int) -> Callable[[], None]:

@@ -7,9 +7,10 @@ import torch
 from comfyui_gcfg.evaluation.config_file import load_config
 from comfyui_gcfg.evaluation.images import Shard, write_shard
 from comfyui_gcfg.evaluation.results import FORMAT
+from comfyui_gcfg.gcfg.errors import GuidanceError
 from comfyui_gcfg.reproduction import controlnet, judge, prior
 from comfyui_gcfg.reproduction import world as module
-from comfyui_gcfg.reproduction.evaluation import write_evaluation
+from comfyui_gcfg.reproduction.evaluation import same_weights, write_evaluation
 from comfyui_gcfg.reproduction.held_out import distance, measure_held_out, truth_distance
 from comfyui_gcfg.reproduction.judge import features, reads, second_reads
 from comfyui_gcfg.reproduction.settings import World as Settings
@@ -17,6 +18,7 @@ from comfyui_gcfg.reproduction.settings import read_settings
 from comfyui_gcfg.reproduction.stages import stages
 from comfyui_gcfg.reproduction.things import HELD_OUT
 from comfyui_gcfg.reproduction.world import World
+from comfyui_gcfg.testkit.results import result
 from comfyui_gcfg.training.prior.model import open_prior
 from PIL import Image
 from safetensors.torch import load_file
@@ -136,6 +138,24 @@ def test_the_evaluation_of_a_concept_is_a_config(concept, tmp_path):
     assert config.models["dreambooth"].unet == f"methods/{concept}/dreambooth-1/dreambooth.safetensors"
     assert config.models["concept_zero"].unet == f"methods/{concept}/concept_zero-0/concept_zero.safetensors"
     assert config.sampling.seed == 1
+
+
+def test_a_further_seed_is_measured_at_the_first_one_s_weights(tmp_path):
+    settings = read_settings("long")
+    results = tmp_path / "evaluation" / "face-0" / "results"
+    results.mkdir(parents=True)
+    stored = result("ours", "alignment")
+    (results / "alignment-ours.json").write_text(json.dumps(stored))
+    ablation = stored | {"method": "dreambooth", "group": "drift"}
+    (results / "alignment-dreambooth.json").write_text(json.dumps(ablation))
+    options = same_weights(tmp_path, "face", 0, "alignment")
+    assert options[::2] == ["--method", "--set"]  # the ablation is none of the tables' rows
+    config = load_config(write_evaluation(tmp_path, settings, "face", 1), options[3:])
+    found = config.methods["ours"].alignment.terms
+    assert [term.weight for term in found] == [each["weight"] for each in stored["recipe"]["terms"]]
+    assert [term.model for term in found] == [each["model"] for each in stored["recipe"]["terms"]]
+    with pytest.raises(GuidanceError, match="No canny of faces with seed 0 was found"):
+        same_weights(tmp_path, "face", 0, "canny")
 
 
 def test_the_distance_to_the_truth_is_the_nearest_placement_s(tmp_path):
