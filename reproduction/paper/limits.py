@@ -49,8 +49,8 @@ def limits(results: Results) -> list[str]:
         )
     return [
         *sentences,
-        "This page is of one training of each method. Differences as small as those between two trainings of one method "
-        "mean nothing.",
+        "This page is of one training of each method. Differences as small as those between two trainings of one "
+        "method mean nothing.",
         "No people were asked: the paper's preference columns have no counterpart. `gcfg evaluate abtest` makes a page "
         "on which your friends can choose.",
     ]
