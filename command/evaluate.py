@@ -44,8 +44,8 @@ Methods = Annotated[
 
 _TASKS: dict[Task, str] = {
     "fid": "Fidelity: FID of each method's unconditional images.",
-    "alignment": "Control by text: how often the attribute that was prompted is in the image.",
-    "canny": "Control by edges: those of the condition against those of the image.",
+    "alignment": "Control by text: how often the image shows the attribute in the prompt.",
+    "canny": "Control by edges: how well the image keeps those of the ControlNet's condition.",
     "diversity": "How much the images of one prompt differ.",
 }
 
@@ -63,7 +63,7 @@ for _task, _text in _TASKS.items():
 
 @app.command("sweep", epilog=_SETTINGS)
 def sweep_command(config: ConfigFile, overrides: Overrides = None) -> None:
-    """FID and alignment over the plane of two weights, and an image of each pair."""
+    """FID and alignment for every pair of two terms' weights, and an image of each pair."""
     with _evaluation(config, overrides) as evaluation:
         _sweep(evaluation)
 

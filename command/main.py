@@ -122,7 +122,7 @@ def export_command(
     ] = Weights.ema,
     dtype: Annotated[DType, typer.Option(help="Number format of the file.")] = DType.fp16,
 ) -> None:
-    """Write the model file of a run, which ComfyUI loads: a UNet, beside a LoRA's the LoRA, or an embedding."""
+    """Write a run's model file for ComfyUI: a UNet (of a LoRA also the LoRA itself) or an embedding."""
     with one_sentence():
         from ..training.trained import export_run
 
@@ -160,7 +160,7 @@ def convert_command(
     file: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth, .bin, or one renamed.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that has the new name.")] = False,
 ) -> None:
-    """Write a pickled checkpoint's tensors as a .safetensors file beside it; no code that stands in it is run.
+    """Write a pickled checkpoint's tensors as a .safetensors file beside it; no code in it is run.
 
     The new file has FILE's name with .safetensors for its ending; NAME-converted.safetensors where that is FILE itself.
     """
