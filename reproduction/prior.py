@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..training.files import whole_file
+from ..gcfg.safetensors_file import read_header
+from ..training.files import sha256_of, whole_file
 from ..training.objective import Objective
 from .autoencoder import encode
 from .captions import draw_caption
@@ -68,21 +69,27 @@ def placed(rows: Sequence[Drawing], variants: int) -> tuple[list[Drawing], list[
     return [row for row, _ in pairs], [place for _, place in pairs]
 
 
-def write_latents(drawings: Drawings, rows: Sequence[Drawing], variants: int, vae: Path, path: Path) -> None:
-    """Encode each drawing in several places; the file holds nothing that `placed` tells."""
-    weights = load_file(vae)
+def encoded(drawings: Drawings, rows: Sequence[Drawing], variants: int, vae: Path, path: Path) -> Latents:
+    """Return each drawing in several places, encoded; the file is read if it is of these and of this encoder.
+
+    Args:
+        drawings: of the world.
+        rows: which ones.
+        variants: places of each.
+        vae: the encoder's file.
+        path: where the latents are kept.
+    """
+    of = {"of": f"{sha256_of(vae)} {[row.number for row in rows]} {variants}"}
     all_rows, places = placed(rows, variants)
-    values = [
-        encode(weights, compose(drawings, all_rows[i : i + 64], places[i : i + 64])).half()
-        for i in range(0, len(all_rows), 64)
-    ]
-    with whole_file(path) as beside:
-        save_file({"latents": torch.cat(values)}, beside)
-
-
-def read_latents(rows: Sequence[Drawing], variants: int, path: Path) -> Latents:
-    """Read what `write_latents` wrote of the same drawings."""
-    return Latents(load_file(path)["latents"], *placed(rows, variants))
+    if not path.exists() or read_header(path, str(path)).metadata != of:
+        weights = load_file(vae)
+        values = [
+            encode(weights, compose(drawings, all_rows[i : i + 64], places[i : i + 64])).half()
+            for i in range(0, len(all_rows), 64)
+        ]
+        with whole_file(path) as beside:
+            save_file({"latents": torch.cat(values)}, beside, of)
+    return Latents(load_file(path)["latents"], all_rows, places)
 
 
 def prior_loss(

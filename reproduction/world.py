@@ -24,7 +24,7 @@ from .folders import write_concept
 from .judge import Judge, SecondJudge, judge_loss
 from .loop import Loss, Plan, train
 from .pictures import Drawing, Drawings, flat, read_drawings, write_drawings
-from .prior import new_unet, prior_loss, read_latents, write_latents
+from .prior import Latents, encoded, new_unet, prior_loss
 from .prompts import Prompts, tokenizer
 from .settings import World as Settings
 from .vendors import INK, THREE_D
@@ -131,20 +131,18 @@ class World:
         unet = open_prior(self._folder / PRIOR).load_unet()
         torch.manual_seed(0)
         control = new_controlnet(unet)
-        rows = self.drawings.choose(flat)
-        latents = read_latents(rows, self._settings.variants, self._folder / "latents-flat.safetensors")
-        loss = controlnet_loss(unet, latents, self.drawings, self.prompts, _device())
+        loss = controlnet_loss(unet, self._latents("flat", flat), self.drawings, self.prompts, _device())
         rate = self._settings.controlnet_learning_rate
         plan = Plan(self._settings.controlnet_steps, rate, cooldown=0.5, seed=6, bf16=self._bf16)
         self._train("ControlNet", control, loss, plan)
         _write(controlnet_to_ldm(control.state_dict()), self._folder / CONTROLNET)
 
     def _prior_loss(self, name: str, wanted: Callable[[Drawing], bool]) -> Loss:
-        """Encode drawings, unless it was done, and return the loss of a UNet that learns them."""
+        return prior_loss(self._latents(name, wanted), self.prompts, _device())
+
+    def _latents(self, name: str, wanted: Callable[[Drawing], bool]) -> Latents:
         rows, path = self.drawings.choose(wanted), self._folder / f"latents-{name}.safetensors"
-        if not path.exists():
-            write_latents(self.drawings, rows, self._settings.variants, self._folder / _ENCODED, path)
-        return prior_loss(read_latents(rows, self._settings.variants, path), self.prompts, _device())
+        return encoded(self.drawings, rows, self._settings.variants, self._folder / _ENCODED, path)
 
     def _train(self, name: str, network: nn.Module, loss: Loss, plan: Plan) -> None:
         """Train a network, from where an earlier command left it; it comes back on the CPU."""

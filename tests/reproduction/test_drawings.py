@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.reproduction import packages
+from comfyui_gcfg.reproduction import packages, prior
+from comfyui_gcfg.reproduction.autoencoder import encode, new_autoencoder, to_taesd
 from comfyui_gcfg.reproduction.captions import BACKGROUNDS
 from comfyui_gcfg.reproduction.folders import write_concept
 from comfyui_gcfg.reproduction.packages import Package, fetch
 from comfyui_gcfg.reproduction.pictures import Placement, compose, draw_placement, flat, shown_solid
 from comfyui_gcfg.reproduction.prior import placed
 from PIL import Image
+from safetensors.torch import save_file
 
 
 def found(drawings):
@@ -142,3 +144,19 @@ def test_the_same_drawings_are_placed_the_same_at_every_call(drawings):
     assert first == again
     assert len({json.dumps(vars(place)) for place in first[1]}) == len(first[1])
     assert placed(drawings.rows[2:], 4)[1] == first[1][8:]  # what a drawing gets depends on no other drawing
+
+
+def test_latents_of_another_encoder_are_made_anew(drawings, tmp_path, monkeypatch):
+    """Kept ones are read, those of an earlier encoder or of other drawings are not."""
+    calls = []
+    monkeypatch.setattr(prior, "encode", lambda *given: calls.append(1) or encode(*given))
+    rows, path = drawings.choose(flat), tmp_path / "latents.safetensors"
+    found = []
+    for seed, chosen in ((0, rows), (0, rows), (1, rows), (1, rows[:2])):
+        torch.manual_seed(seed)
+        save_file(to_taesd(new_autoencoder()), tmp_path / "encoder.safetensors")
+        found.append(prior.encoded(drawings, chosen, 2, tmp_path / "encoder.safetensors", path).values)
+    assert len(calls) == 3
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert len(found[3]) == 4
