@@ -235,6 +235,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             checks.warn_nowhere(plan)
         used = set(plan.used([*(steps or [last]), last]))
         used.update(self.references[place] for place in list(used) if place in self.references)
+        if self.cfg_of is not None and versions.has_wrappers(PREDICT, self.model_patcher):
+            used.add(self.cfg_of)  # a cfg of 0 may be set to another
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}

@@ -123,11 +123,13 @@ class Run:
         self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
+        override = None if isinstance(cfg, Weight) else cfg
+        given = {} if override is None or self.cfg_of is None else {self.cfg_of: override}
         steady = self.plan.steady
-        acting = steady if steady is not None and not self.ranged else self._acting(float(sigma[0]))
+        acting = steady if steady is not None and not (self.ranged or given) else self._acting(float(sigma[0]), given)
         two = None
-        if cfg is not None and not isinstance(cfg, Weight):
-            acting, two = self._overridden(acting, cfg)
+        if override is not None and not given:
+            acting, two = self._overridden(acting, override)
         eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
@@ -171,10 +173,14 @@ class Run:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, sigma: float) -> Terms:
+    def _acting(self, sigma: float, given: Mapping[int, float]) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
+
+        Args:
+            sigma: the noise level.
+            given: weights that something else set, by the place of the term.
         """
 
         def takes_part(key: str) -> bool:
@@ -183,7 +189,7 @@ class Run:
         def keys(term: ActiveTerm) -> list[str]:
             return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-        return tuple(term for term in self.plan.active(sigma) if all(map(takes_part, keys(term))))
+        return tuple(term for term in self.plan.active(sigma, given) if all(map(takes_part, keys(term))))
 
     def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""
@@ -205,8 +211,6 @@ class Run:
         Returns:
             The terms, and which of them is the positive and which the negative of a pair.
         """
-        if self.cfg_of is not None:
-            return tuple(replace(term, weight=cfg) if term.index == self.cfg_of else term for term in acting), None
         if len(acting) == 1:
             return (replace(acting[0], weight=cfg),), None
         two = pair(acting)

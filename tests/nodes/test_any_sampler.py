@@ -265,6 +265,34 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.mark.parametrize(("cfg", "override"), [(0.0, 2.0), (0.0, 1.0), (5.0, 0.0), (1.0, 0.0)])
+def test_cfg_override_to_or_from_zero(extra, gcfg, stock, prior, prompt, latent, cases, cfg, override):
+    """At 0 the positive has no part in the sum and is not evaluated; it is where an override brings it back."""
+    node = getattr(extra("nodes_custom_sampler"), "CFGOverride", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no CFG Override")
+    overridden = node.execute(prior, override, 0.0, 1.0).result[0]
+    nothing = with_terms(overridden, GuidanceTerm(0.0, conditioning=prompt(3)))
+    plain = stock(overridden, prompt(1), prompt(2), latent, cfg=cfg)
+    assert checks.relative(stock(nothing, prompt(1), prompt(2), latent, cfg=cfg), plain) < 2e-6  # another batch
+    (term,) = cases["another model"]
+    got = stock(with_terms(overridden, term), prompt(1), prompt(2), latent, cfg=cfg)
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(override, conditioning=prompt(1)), term], latent)
+    assert torch.equal(got, expected)
+
+
+def test_cfg_override_of_zero_for_a_part_of_the_sampling(extra, gcfg, stock, prior, prompt, latent, cases):
+    node = getattr(extra("nodes_custom_sampler"), "CFGOverride", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no CFG Override")
+    (term,) = cases["another model"]
+    model = with_terms(node.execute(prior, 2.0, 0.0, 0.5).result[0], term)
+    early = GuidanceTerm(2.0, 0.0, 0.5, conditioning=prompt(1))
+    got = stock(model, prompt(1), prompt(2), latent, cfg=0.0)
+    assert checks.relative(got, gcfg(prior, prompt(2), [early, term], latent)) < 2e-6
+    assert checks.relative(got, gcfg(prior, prompt(2), [term], latent)) > 1e-2
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("guider", ["stock", "other"])
 def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
