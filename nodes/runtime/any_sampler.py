@@ -21,9 +21,12 @@ from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
 from .lanes import BASE, FIRST
 from .live import Watch
+from .words import Words
 from .wrapping import OUTER, TERMS
 
 NODE = "GCFG Model"
+_WORDS = Words.of_sampler(NODE, "negative prompt")
+_OF_ONE_PROMPT = Words.of_sampler(NODE, "prompt")
 _IMAGE = 4  # axes of a batch of images
 
 
@@ -85,7 +88,7 @@ class _Terms:
         if _is_stock(stock):
             guider = self._guider(stock)
         else:
-            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, NODE, self._watch)
+            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, _WORDS, self._watch)
             versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
@@ -106,9 +109,9 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, NODE, self._watch)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self._watch)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), NODE, self._watch, cfg_of=0)
+        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self._watch, cfg_of=0)
 
 
 class _Within(comfy.samplers.Sampler):

@@ -22,6 +22,7 @@ from .live import Watch
 from .loading import load_lanes
 from .run import Run
 from .term_guider import TermGuider, Weight
+from .words import Words
 
 _OF_STOCK_RUN = ("conds", "inner_model", "loaded_models")  # which stock sampling lets go of after a good run only
 
@@ -38,7 +39,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         model_patcher: the unconditional model.
         unconditional: its conditioning.
         terms: the terms.
-        node: the node's name, for errors.
+        words: what messages call its parts, or the name of a GCFG sampler.
         watch: who looks at its runs.
         cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
             all that is summed.
@@ -56,16 +57,17 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         model_patcher: Any,
         unconditional: Any,
         terms: Sequence[GuidanceTerm],
-        node: str,
+        words: Words | str,
         watch: Watch | None = None,
         cfg_of: int | None = None,
     ) -> None:
         super().__init__(model_patcher)
+        self.words = words = Words(words) if isinstance(words, str) else words
+        self.node = node = words.node
         checks.check_terms(node, terms)
         sampling = model_patcher.get_model_object("model_sampling")
-        self.node = node
         self.watch = Watch() if watch is None else watch
-        checks.check_run(node, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
+        checks.check_run(words, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
         terms = measured_from_base(model_patcher, unconditional, terms)
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
         self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
@@ -99,7 +101,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """Stock sampling, which leaves every model as it found it even when it fails or is interrupted."""
         if sigmas.shape[-1] == 0:
             return latent_image
-        checks.check_latent(self.node, self.model_patcher, latent_image)
+        checks.check_latent(self.words, self.model_patcher, latent_image)
         warned = self.quiet or checks.warn_not_finite(self.node, latent_image)
         recorder = None
         try:
@@ -112,7 +114,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
-            why = failures.explained(self.node, error, self.model_patcher, latent_image, self.unconditional, self.plan)
+            why = failures.explained(self.words, error, self.model_patcher, latent_image, self.unconditional, self.plan)
             if why is not None:
                 raise why from error
             raise
@@ -251,7 +253,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         outside = placing.functions_in_place()
         references = {place: self.keys[other] for place, other in self.references.items()}
         return Run(
-            self.node,
+            self.words,
             plan,
             self.keys,
             references,

@@ -21,6 +21,7 @@ from .readings import Readings
 from .step import Known, Step, Terms, decided
 from .summing import Summing
 from .term_guider import TermGuider, Weight
+from .words import Words
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class Run:
     """What is alive while one run samples.
 
     Attributes:
-        node: the node's name, for errors.
+        words: what messages call its parts.
         plan: the terms with their weights over the noise levels.
         keys: the key of each term's prediction.
         references: the key of the prediction that a relative term is measured from, by the term's place.
@@ -45,7 +46,7 @@ class Run:
         readings: takes readings while it samples, where anybody looks.
     """
 
-    node: str
+    words: Words
     plan: GuidancePlan
     keys: Sequence[str]
     references: Mapping[int, str]
@@ -133,7 +134,7 @@ class Run:
         eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
-            checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
+            checks.check_base_covers(self.words, self.lanes[0].conds[BASE], float(sigma[0]))
         return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
 
     def _combined(

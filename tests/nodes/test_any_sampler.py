@@ -417,6 +417,39 @@ class TestBadInput:
         with pytest.raises(GuidanceError, match=r"^Guidance Term 'xl': latent format is SDXL"):
             stock(with_terms(prior, wrong), prompt(1), prompt(2), latent)
 
+    @pytest.mark.parametrize("basic", [False, True])
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("width", "GCFG Model: the sampler's {prompt} is 2048 wide, expected 768 for this model"),
+            ("range", "GCFG Model: the sampler's {prompt} is limited to a part of the sampling"),
+            ("family", "Guidance Term '1': latent format is SDXL, expected SD15 like the sampler's model's"),
+            ("nothing", "Guidance Term '1': neither model nor conditioning is connected, expected at least one, "
+             "because without them the term predicts the sampler's {prompt} itself and changes nothing"),
+            ("latent", "GCFG Model: latent_image has 16 channels, expected 4 as the sampler's model works with"),
+        ],
+    )  # fmt: skip
+    def test_messages_call_the_base_what_it_is_in_the_sampler(
+        self, extra, load_unet, weights, custom_advanced, stock, prior, prompt, latent, wrong, message, basic
+    ):
+        base = {"width": prompt(2, 2048), "range": prompt(2, start_percent=0.9)}.get(wrong, prompt(2))
+        term = GuidanceTerm(2.0, conditioning=prompt(3))
+        if wrong == "family":
+            term = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048))
+        elif wrong == "nothing":
+            term = GuidanceTerm(2.0)
+        latent = {"samples": torch.ones(1, 16, 8, 8)} if wrong == "latent" else latent
+        model = with_terms(prior, term)
+        with pytest.raises(GuidanceError) as error:  # noqa: PT012 - one run, in one of two ways
+            if basic:
+                guider = extra("nodes_custom_sampler").Guider_Basic(model)
+                guider.set_conds(base)
+                custom_advanced(guider, latent, 4)
+            else:
+                stock(model, prompt(1), base, latent)
+        assert str(error.value).startswith(message.format(prompt="prompt" if basic else "negative prompt"))
+        assert "unconditional" not in str(error.value)
+
     def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
         monkeypatch.setattr(versions, "HAS_HOOKS", False)
         with pytest.raises(GuidanceError, match=r"^GCFG Model: this ComfyUI is too old, expected one from 0\.3\.8 on"):
