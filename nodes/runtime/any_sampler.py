@@ -19,7 +19,7 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.terms import GuidanceTerm
 from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
-from .lanes import BASE, FIRST
+from .lanes import BASE, FIRST, PREDICT
 from .live import Watch
 from .words import Words
 from .wrapping import OUTER, TERMS
@@ -128,7 +128,7 @@ class _Within(comfy.samplers.Sampler):
 
     def __init__(self, stock: Any, ours: GCFGGuider, run: Callable[[], Tensor], seed: Any) -> None:
         self._stock, self._ours, self._run, self._seed = stock, ours, run, seed
-        self._asked = False
+        self._told = False  # of its negative prediction, so that the terms could be added
 
     def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *_: Any) -> Tensor:
         """Run it, and return anything of a latent's shape: the result is kept beside."""
@@ -136,21 +136,31 @@ class _Within(comfy.samplers.Sampler):
         options = stock.model_options
         options["sampler_post_cfg_function"] = [self._added, *options.get("sampler_post_cfg_function", [])]
         options["disable_cfg1_optimization"] = True  # the terms are measured from its negative prediction
+        versions.add_wrapper(PREDICT, TERMS, self._telling, options)
         patcher.set_additional_models(TERMS, [lane.patcher for lane in self._ours.run.lanes])  # so that none goes
         try:
             self.result = self._run()
         finally:
             patcher.remove_additional_models(TERMS)
-        if not self._asked:
+        if not self._told:  # an older ComfyUI has no such wrappers
             raise _has_no_negative(stock)
         return noise
+
+    def _telling(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One of its predictions; where terms act it has to tell of its negative one, so that no step goes without."""
+        self._told = False
+        denoised: Tensor = executor(x, timestep, *args, **kwargs)
+        if not self._told and self._ours.plan.active(float(timestep.flatten()[0])):
+            raise _has_no_negative(self._stock)
+        self._told = True
+        return denoised
 
     def _added(self, args: dict[str, Any]) -> Tensor:
         """Its guided prediction, with the terms around its negative one."""
         names = [name for name, entries in self._stock.conds.items() if entries is args["uncond"]]
         if not any(name.endswith(BASE) for name in names):
             raise _has_no_negative(self._stock)
-        self._asked = True
+        self._told = True
         base, options = args["uncond_denoised"], hooks.without_hooks(args["model_options"])
         total = self._ours.run.around(base, args["input"], args["sigma"], options, self._seed)
         denoised: Tensor = args["denoised"] + (total - base)

@@ -402,15 +402,30 @@ class TestBadInput:
             custom(dual)
         assert prior.get_additional_models() == []
 
-    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases):
-        class Silent(comfy.samplers.CFGGuider):
-            def predict_noise(self, x, timestep, model_options=None, seed=None):
-                return x * 0.5
+    @pytest.mark.parametrize("lost", [1, 3])
+    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases, lost):
+        """It is refused at the step where it does not, and no run is lost by it."""
+        if not hasattr(comfy.samplers.CFGGuider, "outer_predict_noise"):
+            pytest.skip("this ComfyUI has no wrappers around a prediction")
+        steps = []
 
-        silent = Silent(with_terms(prior, *cases["two"]))
-        silent.set_conds(prompt(1), prompt(2))
+        class Silent(comfy.samplers.CFGGuider):
+            def predict_noise(self, x, *args, **kwargs):
+                steps.append(x)
+                return x * 0.5 if len(steps) >= lost else super().predict_noise(x, *args, **kwargs)
+
+        def silent(*terms):
+            steps.clear()
+            guider = Silent(with_terms(prior, *terms))
+            guider.set_conds(prompt(1), prompt(2))
+            return guider
+
         with pytest.raises(GuidanceError, match=r"^GCFG Model: the sampler's guider is Silent, whose sum does not"):
-            custom(silent)
+            custom(silent(*cases["two"]))
+        assert len(steps) == lost
+        assert prior.get_additional_models() == []
+        if lost > 1:
+            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))  # no term acts where it does not tell
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
