@@ -27,6 +27,7 @@ from .wrapping import OUTER, TERMS
 NODE = "GCFG Model"
 _WORDS = Words.of_sampler(NODE, "negative prompt")
 _OF_ONE_PROMPT = Words.of_sampler(NODE, "prompt")
+_BEGINS = "on_pre_run"  # a kind of callbacks: from here on a run evaluates the model
 _IMAGE = 4  # axes of a batch of images
 
 
@@ -54,6 +55,7 @@ def with_terms(model: Any, terms: Sequence[GuidanceTerm], watch: Watch) -> Any:
     before = [term for wrapper in others.pop(TERMS, []) for term in wrapper.terms]
     # First, so that all others stand inside, around the run that it is handed to.
     clone.wrappers[OUTER] = {TERMS: [_Terms((*before, *terms), watch)], **others}
+    clone.callbacks.setdefault(_BEGINS, {})[TERMS] = [_not_around_its_run]
     return clone
 
 
@@ -137,11 +139,13 @@ class _Within(comfy.samplers.Sampler):
         options["sampler_post_cfg_function"] = [self._added, *options.get("sampler_post_cfg_function", [])]
         options["disable_cfg1_optimization"] = True  # the terms are measured from its negative prediction
         versions.add_wrapper(PREDICT, TERMS, self._telling, options)
+        watched = patcher.callbacks[_BEGINS].pop(TERMS)
         patcher.set_additional_models(TERMS, [lane.patcher for lane in self._ours.run.lanes])  # so that none goes
         try:
             self.result = self._run()
         finally:
             patcher.remove_additional_models(TERMS)
+            patcher.callbacks[_BEGINS][TERMS] = watched
         if not self._told:  # an older ComfyUI has no such wrappers
             raise _has_no_negative(stock)
         return noise
@@ -165,6 +169,16 @@ class _Within(comfy.samplers.Sampler):
         total = self._ours.run.around(base, args["input"], args["sigma"], options, self._seed)
         denoised: Tensor = args["denoised"] + (total - base)
         return denoised
+
+
+def _not_around_its_run(patcher: Any) -> None:
+    """What a model with terms does where a run begins with it that they do not stand around."""
+    patcher.cleanup()
+    raise GuidanceError(
+        f"{NODE}: its model is evaluated beside the one that is sampled, as model_negative of a Dual Model CFG Guider "
+        f"is, where its terms would be left out, expected the model of a sampler; connect the model in front of this "
+        f"node there, and say that sum with Guidance Terms and a GCFG Guider."
+    )
 
 
 def _is_stock(guider: Any) -> bool:
@@ -191,9 +205,10 @@ def _has_no_negative(guider: Any) -> GuidanceError:
 def _without_terms(patcher: Any) -> Any:
     """A clone of a model as it was in front of this node."""
     clone = patcher.clone()
-    del clone.wrappers[OUTER][TERMS]
-    if not clone.wrappers[OUTER]:
-        del clone.wrappers[OUTER]
+    for held, kind in ((clone.wrappers, OUTER), (clone.callbacks, _BEGINS)):
+        del held[kind][TERMS]
+        if not held[kind]:
+            del held[kind]
     return clone
 
 

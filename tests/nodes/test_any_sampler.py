@@ -351,6 +351,13 @@ def test_all_models_are_loaded_with_one_request(monkeypatch, comfy, stock, prior
     assert [both for both in requests if id(concept.model) in both] == [requests[-1]]
 
 
+def test_a_term_on_the_samplers_model_itself_shares_its_call(stock, prior, prompt, latent, count_forwards):
+    calls = count_forwards(prior)
+    model = with_terms(prior, GuidanceTerm(2.0, model=prior, conditioning=prompt(3)))
+    stock(model, prompt(1), prompt(2), latent, steps=1)
+    assert [batch for _, batch in calls] == [3]
+
+
 def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
     reader = {"inputs": {"report": ["7", 1]}}
     model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
@@ -426,6 +433,29 @@ class TestBadInput:
         assert prior.get_additional_models() == []
         if lost > 1:
             custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))  # no term acts where it does not tell
+
+    @pytest.mark.parametrize("on", ["model", "model_negative", "both"])
+    def test_a_guider_of_two_models(self, extra, custom, prior, concept, prompt, cases, on):
+        """Dual Model CFG Guider samples the one, and evaluates its negative prompt on the other."""
+        dual = getattr(extra("nodes_custom_sampler"), "Guider_DualModel", None)
+        if dual is None:
+            pytest.skip("this ComfyUI has no Dual Model CFG Guider")
+
+        def run(model, negative):
+            guider = dual(model, negative)
+            guider.set_conds(prompt(1), prompt(2))
+            guider.set_cfg(4.0)
+            return custom(guider)
+
+        before = run(prior, concept)
+        model = prior if on == "model_negative" else with_terms(prior, *cases["two"])
+        negative = concept if on == "model" else with_terms(concept, GuidanceTerm(2.0, conditioning=prompt(3)))
+        said = "the sampler's guider is Guider_DualModel, whose sum does not start from a negative prediction that"
+        if on != "model":
+            said = "its model is evaluated beside the one that is sampled, as model_negative of a Dual Model CFG Guider"
+        with pytest.raises(GuidanceError, match=rf"^GCFG Model: {said}"):
+            run(model, negative)
+        assert torch.equal(run(prior, concept), before)
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
