@@ -52,7 +52,9 @@ def with_terms(model: Any, terms: Sequence[GuidanceTerm], watch: Watch) -> Any:
         )
     clone = model.clone()
     others = clone.wrappers.pop(OUTER, {})
-    before = [term for wrapper in others.pop(TERMS, []) for term in wrapper.terms]
+    before: tuple[GuidanceTerm, ...] = ()
+    for wrapper in others.pop(TERMS, []):
+        before, watch.others = wrapper.terms, (wrapper.watch, *wrapper.watch.others)
     # First, so that all others stand inside, around the run that it is handed to.
     clone.wrappers[OUTER] = {TERMS: [_Terms((*before, *terms), watch)], **others}
     clone.callbacks.setdefault(_BEGINS, {})[TERMS] = [_not_around_its_run]
@@ -65,7 +67,7 @@ class _Terms:
     def __init__(self, terms: tuple[GuidanceTerm, ...], watch: Watch) -> None:
         # Numbered here, since in a run the sampler's positive may stand before them.
         self.terms = tuple(replace(term, label=term.label or str(place)) for place, term in enumerate(terms, start=1))
-        self._watch = watch
+        self.watch = watch
 
     def __call__(
         self,
@@ -90,7 +92,7 @@ class _Terms:
         if _is_stock(stock):
             guider = self._guider(stock)
         else:
-            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, _WORDS, self._watch)
+            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, _WORDS, self.watch)
             versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
@@ -111,9 +113,9 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self._watch)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self._watch, cfg_of=0)
+        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0)
 
 
 class _Within(comfy.samplers.Sampler):

@@ -367,6 +367,76 @@ def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
 
 
 @pytest.mark.parametrize("guider", ["stock", "other"])
+def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
+    monkeypatch, stock, custom, other, prior, prompt, latent, cases, guider
+):
+    from comfyui_gcfg.nodes.runtime import live
+
+    class Editor:
+        client_id = "editor"
+        sent = []
+
+        def send_sync(self, event, message, client):
+            self.sent.append((message["node"], message["first"], len(message["readings"]), message["labels"]))
+
+    def run(model):
+        if guider == "other":
+            return custom(other(model))
+        return stock(model, prompt(1), prompt(2), latent, steps=4)
+
+    first, second = cases["two"]
+    reader = {"7": {"inputs": {"report": ["6", 1]}}}
+    patched, one = node().make(prior, unique_id="5", term_1=(first,))  # nobody looks at this one
+    patched, two = node().make(patched, unique_id="6", prompt=reader, term_1=(second,))
+    both, three = node().make(patched, term_1=(GuidanceTerm(1.0, conditioning=prompt(4)),))
+    labels = ("1", "2", "3") if guider == "other" else ("positive", "1", "2", "3")
+    run(both)
+    assert (one.labels, two.labels) == ((), labels)
+    assert [reading.step for reading in two.readings] == [1, 2, 3, 4]
+    assert all(all(reading.weights) for reading in two.readings)
+    run(patched)
+    assert (two.labels, three.labels) == (labels[:-1], labels)
+    monkeypatch.setattr(live, "prompt_server", Editor)
+    run(both)
+    assert one.labels == labels
+    for name in "56":
+        told = [(at, count) for who, at, count, said in Editor.sent if who == name and said == list(labels)]
+        assert sum(count for _, count in told) == 4
+        assert [at for at, _ in told] == [sum(count for _, count in told[:place]) for place in range(len(told))]
+
+
+def test_terms_of_three_nodes_are_what_the_equation_says(comfy, exact, concept, prior, prompt):
+    """By hand, in float64: D_neg + cfg (D_pos - D_neg) + sum_i w_i (D_i - R_i)."""
+    offsets = {"sampler": 0.0, "concept": 0.7}
+    models = {"sampler": exact(prior, "sampler", 0.0), "concept": exact(concept, "concept", 0.7)}
+    prompts, sigma = [prompt(number) for number in range(4)], 3.0
+    model = models["sampler"]
+    for term in (
+        GuidanceTerm(1.5, model=models["concept"], conditioning=prompts[2]),
+        GuidanceTerm(-0.75, conditioning=prompts[3]),
+        GuidanceTerm(2.0, model=models["concept"], conditioning=prompts[3], relative_conditioning=prompts[2]),
+    ):
+        model = with_terms(model, term)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompts[1], prompts[0])
+    guider.set_cfg(4.0)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    euler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(noise, torch.zeros_like(noise), euler, torch.tensor([sigma, 0.0]), disable_pbar=True)
+    got, x = prior.get_model_object("latent_format").process_in(out).double(), noise.double() * sigma
+
+    def predicted(name, number):
+        variance = 0.09 + sigma**2
+        centre = torch.tanh(x / variance) + offsets[name] + prompts[number][0][0].double()[:, :1, :1, None]
+        return (centre * sigma**2 + x * 0.09) / variance
+
+    base = predicted("sampler", 0)
+    expected = base + 4.0 * (predicted("sampler", 1) - base) + 1.5 * (predicted("concept", 2) - base)
+    expected += -0.75 * (predicted("sampler", 3) - base) + 2.0 * (predicted("concept", 3) - predicted("concept", 2))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
 def test_terms_are_numbered_as_their_sockets(stock, custom, other, prior, concept, prompt, latent, guider):
     """Whatever the sampler's guider has before them: a relation finds them, and messages name them."""
     from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
