@@ -92,7 +92,8 @@ class _Terms:
         if _is_stock(stock):
             guider = self._guider(stock)
         else:
-            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, _WORDS, self.watch)
+            model, negative = _without_terms(stock.model_patcher), _negative(stock)
+            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, spreads=False)
             versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
@@ -113,9 +114,9 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, spreads=False)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0)
+        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0, spreads=False)
 
 
 class _Within(comfy.samplers.Sampler):

@@ -16,7 +16,7 @@ from ...gcfg.terms import GuidanceTerm, looked_at
 from . import checks, failures, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
-from .keys import Group, first_named, grouped, keyed, lasting_pair, measured_from_base, ranged, sources
+from .keys import Group, first_named, grouped, keyed, lasting_pair, measured_from_base, ranged, sources, spreading
 from .lanes import BASE, FIRST, PREDICT, Lane
 from .live import Watch
 from .loading import load_lanes
@@ -43,6 +43,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         watch: who looks at its runs.
         cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
             all that is summed.
+        spreads: whether the boxes and the ControlNet of a term's conditioning are the others' too where stock guidance
+            spreads those of its positive; else only those of a sampler's own positive are.
 
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
@@ -60,6 +62,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         words: Words | str,
         watch: Watch | None = None,
         cfg_of: int | None = None,
+        spreads: bool = True,
     ) -> None:
         super().__init__(model_patcher)
         self.words = words = Words(words) if isinstance(words, str) else words
@@ -82,7 +85,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         of_stock = cfg_of if two is None else two[0]
         if of_stock is not None:
             self.cfg = Weight(terms[of_stock].weight)
-        self.keys = keyed(self.groups, unconditional, self.sources, two)
+        first = spreading(self.groups[0], unconditional, self.sources) if spreads else cfg_of
+        self.keys = keyed(self.groups, unconditional, self.sources, two, first)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own: dict[str, Any] = {}
@@ -237,8 +241,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             checks.warn_nowhere(plan)
         used = set(plan.used([*(steps or [last]), last]))
         used.update(self.references[place] for place in list(used) if place in self.references)
-        if self.cfg_of is not None and versions.has_wrappers(PREDICT, self.model_patcher):
-            used.add(self.cfg_of)  # a cfg of 0 may be set to another
+        if self.cfg_of is not None:  # also at 0: wrappers may set another, and its boxes are the negative's too
+            used.add(self.cfg_of)
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
