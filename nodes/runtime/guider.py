@@ -168,7 +168,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 load_lanes(run.lanes, noise.shape)
             for lane in others:
                 further.begin(lane, noise, latent_image, device, sigmas, denoise_mask, seed, **kwargs)
-            return wrapping.within(wrapping.SAMPLER, others, around_sampler, callback, sampled, run.outside)
+            return wrapping.within(wrapping.SAMPLER, base, others, around_sampler, callback, sampled, run.outside)
 
         def sampled(callback: Any) -> Tensor:
             versions.activate(base.patcher)
@@ -184,7 +184,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 afterwards.callback(further.end, lane)
                 further.prepare(lane, self)
             with placing.functions(run.outside):
-                return wrapping.within(wrapping.OUTER, others, around_run, callback, prepared, run.outside, **kwargs)
+                return wrapping.within(
+                    wrapping.OUTER, base, others, around_run, callback, prepared, run.outside, **kwargs
+                )
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         """The guided denoised prediction at one noise level.

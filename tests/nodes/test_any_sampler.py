@@ -265,6 +265,68 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.fixture
+def windows(extra):
+    """Put core's context windows on a model: of 4 rows, 2 of them shared."""
+    nodes = extra("nodes_context_windows")
+    node = getattr(nodes, "ContextWindowsManualNode", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no context windows")
+
+    def put(model, freenoise=False):
+        inputs = dict(context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1)
+        return node.execute(
+            model, **inputs, closed_loop=False, fuse_method="pyramid", dim=2, freenoise=freenoise
+        ).result[0]
+
+    return put
+
+
+@pytest.mark.parametrize("freenoise", [False, True])
+@pytest.mark.parametrize("on", ["in front", "behind", "the term's model", "both models", "the term and the sampler"])
+def test_context_windows(gcfg, stock, prior, concept, prompt, latent, windows, on, freenoise):
+    """Each model has its own, and the noise is that of the sampler's model."""
+
+    def put(model):
+        return windows(model, freenoise)
+
+    base = put(prior) if on in ("in front", "both models", "the term and the sampler") else prior
+    model = {"the term's model": put(concept), "both models": put(concept), "the term and the sampler": base}.get(on)
+    idle, term = (GuidanceTerm(weight, model=model, conditioning=prompt(3)) for weight in (0.0, 1.5))
+
+    def run(term):
+        patched = put(with_terms(prior, term)) if on == "behind" else with_terms(base, term)
+        return stock(patched, prompt(1), prompt(2), latent, cfg=5.0)
+
+    sampled = put(prior) if on == "behind" else base
+    plain = stock(sampled, prompt(1), prompt(2), latent, cfg=5.0)
+    assert torch.equal(run(idle), plain)
+    got = run(term)
+    assert torch.equal(got, gcfg(sampled, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), term], latent))
+    whole = GuidanceTerm(1.5, model=model and (prior if model is base else concept), conditioning=prompt(3))
+    assert checks.relative(stock(with_terms(prior, whole), prompt(1), prompt(2), latent, cfg=5.0), got) > 1e-2
+
+
+def test_context_windows_of_a_terms_model_are_its_own(stock, prior, concept, prompt, latent, windows, caplog):
+    """By hand, in one step: the prediction of the windowed model, and the noise of the sampler's."""
+
+    def predicted(model, cond):
+        return stock(model, cond, cond, latent, cfg=1.0, steps=1)
+
+    def got(freenoise):
+        term = GuidanceTerm(2.0, model=windows(concept, freenoise), conditioning=prompt(3))
+        return stock(with_terms(prior, term), prompt(1), prompt(2), latent, cfg=4.0, steps=1)
+
+    positive, negative = predicted(prior, prompt(1)), predicted(prior, prompt(2))
+    pulled = predicted(windows(concept), prompt(3))
+    expected = negative + 4.0 * (positive - negative) + 2.0 * (pulled - negative)
+    assert checks.relative(got(False), expected) < 1e-5
+    assert checks.relative(pulled, predicted(concept, prompt(3))) > 1e-2
+    assert "changes noise of the sampling" not in caplog.text
+    assert torch.equal(got(True), got(False))
+    assert "changes noise of the sampling" in caplog.text
+
+
 @pytest.mark.parametrize(("cfg", "override"), [(0.0, 2.0), (0.0, 1.0), (5.0, 0.0), (1.0, 0.0)])
 def test_cfg_override_to_or_from_zero(extra, gcfg, stock, prior, prompt, latent, cases, cfg, override):
     """At 0 the positive has no part in the sum and is not evaluated; it is where an override brings it back."""
