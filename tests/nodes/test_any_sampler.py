@@ -275,9 +275,11 @@ def windows(extra):
 
     def put(model, freenoise=False):
         inputs = dict(context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1)
-        return node.execute(
-            model, **inputs, closed_loop=False, fuse_method="pyramid", dim=2, freenoise=freenoise
-        ).result[0]
+        if "freenoise" in inspect.signature(node.execute).parameters:
+            inputs["freenoise"] = freenoise
+        elif freenoise:
+            pytest.skip("this ComfyUI has no FreeNoise")
+        return node.execute(model, **inputs, closed_loop=False, fuse_method="pyramid", dim=2).result[0]
 
     return put
 
@@ -302,7 +304,11 @@ def test_context_windows(gcfg, stock, prior, concept, prompt, latent, windows, o
     plain = stock(sampled, prompt(1), prompt(2), latent, cfg=5.0)
     assert torch.equal(run(idle), plain)
     got = run(term)
-    assert torch.equal(got, gcfg(sampled, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), term], latent))
+    expected = gcfg(sampled, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), term], latent)
+    if on == "the term and the sampler":  # older clones have windows of their own, and so calls of their own
+        assert checks.relative(got, expected) < 2e-6
+    else:
+        assert torch.equal(got, expected)
     whole = GuidanceTerm(1.5, model=model and (prior if model is base else concept), conditioning=prompt(3))
     assert checks.relative(stock(with_terms(prior, whole), prompt(1), prompt(2), latent, cfg=5.0), got) > 1e-2
 
