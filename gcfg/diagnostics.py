@@ -58,6 +58,11 @@ class GuidanceReport:
     readings: list[Reading] = field(default_factory=list)
     relative: tuple[str, ...] = ()
 
+    def show(self, other: GuidanceReport) -> None:
+        """Be of the run that another report is of, also while that run adds to it."""
+        self.labels, self.steps, self.relative = other.labels, other.steps, other.relative
+        self.readings = other.readings
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values, ready for JSON."""
         readings = [asdict(reading) for reading in self.readings]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 
@@ -182,10 +182,15 @@ class GuidancePlan:
         """The terms that act at every noise level; None where that depends on it (which the host has to read)."""
         return None if self.needs_sigma else self.active(0.0)
 
-    def active(self, sigma: float) -> tuple[ActiveTerm, ...]:
-        """The terms that act at `sigma`: inside their interval, and with a weight that is not 0."""
-        weights = [scheduled.weight_at(sigma) for scheduled in self.terms]
-        weighted = zip(weights, self.terms, (scheduled.term for scheduled in self.terms), strict=True)
+    def active(self, sigma: float, given: Mapping[int, float] | None = None) -> tuple[ActiveTerm, ...]:
+        """The terms that act at `sigma`: inside their interval, and with a weight that is not 0.
+
+        Args:
+            sigma: the noise level.
+            given: weights that stand in place of the terms' own there, by the place of the term.
+        """
+        weights = {place: scheduled.weight_at(sigma) for place, scheduled in enumerate(self.terms)} | dict(given or {})
+        weighted = zip(weights.values(), self.terms, (scheduled.term for scheduled in self.terms), strict=True)
         return tuple(
             ActiveTerm(index, weight, scheduled.factor, scheduled.label, term.relative, bool(term.relations))
             for index, (weight, scheduled, term) in enumerate(weighted)

@@ -19,11 +19,15 @@ from ...gcfg.errors import GuidanceError
 from ...gcfg.terms import GuidanceTerm
 from . import checks, hooks, latents, versions
 from .guider import GCFGGuider
-from .lanes import BASE, FIRST
+from .lanes import BASE, FIRST, PREDICT
 from .live import Watch
+from .words import Words
 from .wrapping import OUTER, TERMS
 
 NODE = "GCFG Model"
+_WORDS = Words.of_sampler(NODE, "negative prompt")
+_OF_ONE_PROMPT = Words.of_sampler(NODE, "prompt")
+_BEGINS = "on_pre_run"  # a kind of callbacks: from here on a run evaluates the model
 _IMAGE = 4  # axes of a batch of images
 
 
@@ -48,9 +52,12 @@ def with_terms(model: Any, terms: Sequence[GuidanceTerm], watch: Watch) -> Any:
         )
     clone = model.clone()
     others = clone.wrappers.pop(OUTER, {})
-    before = [term for wrapper in others.pop(TERMS, []) for term in wrapper.terms]
+    before: tuple[GuidanceTerm, ...] = ()
+    for wrapper in others.pop(TERMS, []):
+        before, watch.others = wrapper.terms, (wrapper.watch, *wrapper.watch.others)
     # First, so that all others stand inside, around the run that it is handed to.
     clone.wrappers[OUTER] = {TERMS: [_Terms((*before, *terms), watch)], **others}
+    clone.callbacks.setdefault(_BEGINS, {})[TERMS] = [_not_around_its_run]
     return clone
 
 
@@ -60,7 +67,7 @@ class _Terms:
     def __init__(self, terms: tuple[GuidanceTerm, ...], watch: Watch) -> None:
         # Numbered here, since in a run the sampler's positive may stand before them.
         self.terms = tuple(replace(term, label=term.label or str(place)) for place, term in enumerate(terms, start=1))
-        self._watch = watch
+        self.watch = watch
 
     def __call__(
         self,
@@ -85,7 +92,8 @@ class _Terms:
         if _is_stock(stock):
             guider = self._guider(stock)
         else:
-            guider = GCFGGuider(_without_terms(stock.model_patcher), _negative(stock), self.terms, NODE, self._watch)
+            model, negative = _without_terms(stock.model_patcher), _negative(stock)
+            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, spreads=False)
             versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
@@ -106,9 +114,9 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, NODE, self._watch)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, spreads=False)
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), NODE, self._watch, cfg_of=0)
+        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0, spreads=False)
 
 
 class _Within(comfy.samplers.Sampler):
@@ -125,7 +133,7 @@ class _Within(comfy.samplers.Sampler):
 
     def __init__(self, stock: Any, ours: GCFGGuider, run: Callable[[], Tensor], seed: Any) -> None:
         self._stock, self._ours, self._run, self._seed = stock, ours, run, seed
-        self._asked = False
+        self._told = False  # of its negative prediction, so that the terms could be added
 
     def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *_: Any) -> Tensor:
         """Run it, and return anything of a latent's shape: the result is kept beside."""
@@ -133,25 +141,47 @@ class _Within(comfy.samplers.Sampler):
         options = stock.model_options
         options["sampler_post_cfg_function"] = [self._added, *options.get("sampler_post_cfg_function", [])]
         options["disable_cfg1_optimization"] = True  # the terms are measured from its negative prediction
+        versions.add_wrapper(PREDICT, TERMS, self._telling, options)
+        watched = patcher.callbacks[_BEGINS].pop(TERMS)
         patcher.set_additional_models(TERMS, [lane.patcher for lane in self._ours.run.lanes])  # so that none goes
         try:
             self.result = self._run()
         finally:
             patcher.remove_additional_models(TERMS)
-        if not self._asked:
+            patcher.callbacks[_BEGINS][TERMS] = watched
+        if not self._told:  # an older ComfyUI has no such wrappers
             raise _has_no_negative(stock)
         return noise
+
+    def _telling(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One of its predictions; where terms act it has to tell of its negative one, so that no step goes without."""
+        self._told = False
+        denoised: Tensor = executor(x, timestep, *args, **kwargs)
+        if not self._told and self._ours.plan.active(float(timestep.flatten()[0])):
+            raise _has_no_negative(self._stock)
+        self._told = True
+        return denoised
 
     def _added(self, args: dict[str, Any]) -> Tensor:
         """Its guided prediction, with the terms around its negative one."""
         names = [name for name, entries in self._stock.conds.items() if entries is args["uncond"]]
         if not any(name.endswith(BASE) for name in names):
             raise _has_no_negative(self._stock)
-        self._asked = True
+        self._told = True
         base, options = args["uncond_denoised"], hooks.without_hooks(args["model_options"])
         total = self._ours.run.around(base, args["input"], args["sigma"], options, self._seed)
         denoised: Tensor = args["denoised"] + (total - base)
         return denoised
+
+
+def _not_around_its_run(patcher: Any) -> None:
+    """What a model with terms does where a run begins with it that they do not stand around."""
+    patcher.cleanup()
+    raise GuidanceError(
+        f"{NODE}: its model is evaluated beside the one that is sampled, as model_negative of a Dual Model CFG Guider "
+        f"is, where its terms would be left out, expected the model of a sampler; connect the model in front of this "
+        f"node there, and say that sum with Guidance Terms and a GCFG Guider."
+    )
 
 
 def _is_stock(guider: Any) -> bool:
@@ -178,9 +208,10 @@ def _has_no_negative(guider: Any) -> GuidanceError:
 def _without_terms(patcher: Any) -> Any:
     """A clone of a model as it was in front of this node."""
     clone = patcher.clone()
-    del clone.wrappers[OUTER][TERMS]
-    if not clone.wrappers[OUTER]:
-        del clone.wrappers[OUTER]
+    for held, kind in ((clone.wrappers, OUTER), (clone.callbacks, _BEGINS)):
+        del held[kind][TERMS]
+        if not held[kind]:
+            del held[kind]
     return clone
 
 

@@ -19,6 +19,7 @@ from .failures import width_error
 from .keys import measured_from, predicted_from
 from .lanes import BASE, covers, takes
 from .latents import latent_shapes, streams
+from .words import Words
 
 MANY = 16  # predictions a step
 _PAIR = 2  # a ComfyUI conditioning is a list of [tensor, options] pairs
@@ -37,33 +38,33 @@ def check_terms(node: str, terms: Sequence[GuidanceTerm]) -> None:
         )
 
 
-def check_run(node: str, base: Any, unconditional: Any, plan: GuidancePlan) -> None:
+def check_run(words: Words, base: Any, unconditional: Any, plan: GuidancePlan) -> None:
     """Refuse models and conditionings that cannot be summed around `base`.
 
     Raises:
         GuidanceError: if a conditioning is empty or of the wrong width, or a model of another latent family or another
             kind of noise schedule.
     """
-    _check_conditioning(f"{node}: unconditional", unconditional, base)
-    _check_no_terms(f"{node}: model", base)
+    _check_conditioning(f"{words.node}: {words.base}", unconditional, base)
+    _check_no_terms(f"{words.node}: model", base)
     for scheduled in plan.terms:
         term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"
         if term.model is None and term.conditioning is None and not term.relative:
             raise GuidanceError(
                 f"{name}: neither model nor conditioning is connected, expected at least one, because without them the "
-                f"term predicts the unconditional itself and changes nothing; connect one."
+                f"term predicts {words.prediction} itself and changes nothing; connect one."
             )
         model, conditioning = predicted_from(base, unconditional, term)
         _check_no_terms(f"{name}: model", model)
         _check_no_terms(f"{name}: relative_model", term.relative_model)
-        _check_latent_format(name, model, base)
-        _check_schedule(name, model, base)
+        _check_latent_format(name, model, base, words)
+        _check_schedule(name, model, base, words)
         _check_conditioning(f"{name}: conditioning", conditioning, model)
         if term.relative:
-            _check_reference(name, (model, conditioning), measured_from(base, unconditional, term), base)
+            _check_reference(name, (model, conditioning), measured_from(base, unconditional, term), base, words)
 
 
-def check_latent(node: str, base: Any, latent_image: Any) -> None:
+def check_latent(words: Words, base: Any, latent_image: Any) -> None:
     """Refuse a latent image that is empty, or whose channels are not the model's.
 
     Raises:
@@ -74,12 +75,12 @@ def check_latent(node: str, base: Any, latent_image: Any) -> None:
     for shape in shapes:
         if 0 in shape:
             raise GuidanceError(
-                f"{node}: latent_image has shape {shape} and so holds nothing, expected at least one latent; give it a "
-                f"batch of 1 or more and a size above 0."
+                f"{words.node}: latent_image has shape {shape} and so holds nothing, expected at least one latent; "
+                f"give it a batch of 1 or more and a size above 0."
             )
         if shape[1] != expected and len(shapes) == 1:
             raise GuidanceError(
-                f"{node}: latent_image has {shape[1]} channels, expected {expected} as the unconditional model works "
+                f"{words.node}: latent_image has {shape[1]} channels, expected {expected} as {words.model} works "
                 f"with; encode the image with the VAE of this model."
             )
 
@@ -120,7 +121,7 @@ def warn_not_finite(node: str, latent: Any, after: bool = False, recorder: Recor
     return True
 
 
-def check_base_covers(node: str, conds: Sequence[dict], sigma: float) -> None:
+def check_base_covers(words: Words, conds: Sequence[dict], sigma: float) -> None:
     """Refuse an unconditional conditioning that has no part in a step that needs it.
 
     Raises:
@@ -128,7 +129,7 @@ def check_base_covers(node: str, conds: Sequence[dict], sigma: float) -> None:
     """
     if not covers(conds, sigma):
         raise GuidanceError(
-            f"{node}: unconditional is limited to a part of the sampling and has no prompt at sigma {sigma:g}, "
+            f"{words.node}: {words.base} is limited to a part of the sampling and has no prompt at sigma {sigma:g}, "
             f"expected one at every step; combine it with a conditioning for the rest."
         )
 
@@ -225,11 +226,11 @@ def _check_no_terms(name: str, model: Any) -> None:
         )
 
 
-def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any], base: Any) -> None:
+def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any], base: Any, words: Words) -> None:
     """Refuse what a relative term is measured from where it is not of the family, or is the term's own prediction."""
     (model, conditioning), (other, prompt) = own, reference
-    _check_latent_format(f"{name}: relative_model", other, base)
-    _check_schedule(f"{name}: relative_model", other, base)
+    _check_latent_format(f"{name}: relative_model", other, base, words)
+    _check_schedule(f"{name}: relative_model", other, base, words)
     _check_conditioning(f"{name}: relative_conditioning", prompt, other)
     if takes(other, model) and identical(prompt, conditioning):
         raise GuidanceError(
@@ -238,26 +239,26 @@ def _check_reference(name: str, own: tuple[Any, Any], reference: tuple[Any, Any]
         )
 
 
-def _check_latent_format(name: str, model: Any, base: Any) -> None:
+def _check_latent_format(name: str, model: Any, base: Any, words: Words) -> None:
     found, expected = model.get_model_object("latent_format"), base.get_model_object("latent_format")
     if found.latent_channels != expected.latent_channels:
         raise GuidanceError(
-            f"{name}: latent has {found.latent_channels} channels, expected {expected.latent_channels} as the "
-            f"unconditional model works with; use models of one latent family."
+            f"{name}: latent has {found.latent_channels} channels, expected {expected.latent_channels} as "
+            f"{words.model} works with; use models of one latent family."
         )
     if type(found).__name__ != type(expected).__name__:
         raise GuidanceError(
-            f"{name}: latent format is {type(found).__name__}, expected {type(expected).__name__} like the "
-            f"unconditional model's; use models of one latent family."
+            f"{name}: latent format is {type(found).__name__}, expected {type(expected).__name__} like "
+            f"{words.model}'s; use models of one latent family."
         )
 
 
-def _check_schedule(name: str, model: Any, base: Any) -> None:
+def _check_schedule(name: str, model: Any, base: Any, words: Words) -> None:
     found, expected = (_kind(patcher.get_model_object("model_sampling")) for patcher in (model, base))
     if found != expected:
         raise GuidanceError(
-            f"{name}: model is a {found} model, expected a {expected} model like the unconditional one, because their "
-            f"noise levels mean different things; use two models of one kind."
+            f"{name}: model is a {found} model, expected a {expected} model like {words.model}, because "
+            f"their noise levels mean different things; use two models of one kind."
         )
 
 

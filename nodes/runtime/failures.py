@@ -15,6 +15,7 @@ from torch import Tensor
 from ...gcfg.errors import GuidanceError, short
 from ...gcfg.plan import GuidancePlan
 from .latents import latent_shapes
+from .words import Words
 
 _FAILURES = (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _POOLED = "pooled_output"  # the vector beside the text in a CONDITIONING
@@ -31,12 +32,12 @@ _WIDTHS_IN_ERRORS = (
 
 
 def explained(
-    node: str, error: BaseException, base: Any, latent_image: Any, unconditional: Any, plan: GuidancePlan
+    words: Words, error: BaseException, base: Any, latent_image: Any, unconditional: Any, plan: GuidancePlan
 ) -> GuidanceError | None:
     """What to say of a model that failed on the form of what it was given; None where it failed on something else."""
     if not isinstance(error, _FAILURES) or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
         return None
-    conditionings = [(f"{node}: unconditional", unconditional)]
+    conditionings = [(f"{words.node}: {words.base}", unconditional)]
     for name in ("conditioning", "relative_conditioning"):
         conditionings += [(f"Guidance Term '{s.label}': {name}", getattr(s.term, name)) for s in plan.terms]
     found = [(name, tensor, options) for name, entries in conditionings for tensor, options in entries or ()]
@@ -45,7 +46,7 @@ def explained(
     return (
         (None if widths is None else _text_of_other_width(found, *widths) or _pooled_of_other_width(found, *widths))
         or _no_pooled(error, found)
-        or _other_latent(node, error, base, latent_image)
+        or _other_latent(words, error, base, latent_image)
     )
 
 
@@ -83,7 +84,7 @@ def _no_pooled(error: BaseException, found: list[tuple[str, Any, Any]]) -> Guida
     )
 
 
-def _other_latent(node: str, error: BaseException, base: Any, latent_image: Any) -> GuidanceError | None:
+def _other_latent(words: Words, error: BaseException, base: Any, latent_image: Any) -> GuidanceError | None:
     """A video for a model of images, sound for one of video, and the like."""
     latent_format = base.get_model_object("latent_format")
     axes, channels = getattr(latent_format, "latent_dimensions", 2), latent_format.latent_channels
@@ -92,8 +93,8 @@ def _other_latent(node: str, error: BaseException, base: Any, latent_image: Any)
         return None
     spatial = ("length",) if axes == 1 else ("frames", "height", "width")[3 - axes :]
     return GuidanceError(
-        f"{node}: latent_image has shape {' and '.join(map(str, shapes))}, expected "
-        f"({', '.join(('batch', 'channels', *spatial))}) with {channels} channels, as the unconditional model works "
+        f"{words.node}: latent_image has shape {' and '.join(map(str, shapes))}, expected "
+        f"({', '.join(('batch', 'channels', *spatial))}) with {channels} channels, as {words.model} works "
         f"with, which failed on it ({short(str(error), 80)}); make it with the node or the VAE that belongs to the "
         f"model."
     )

@@ -16,12 +16,13 @@ from ...gcfg.terms import GuidanceTerm, looked_at
 from . import checks, failures, further, latents, placing, versions, wrapping
 from .clones import separate
 from .index import wants_uncond
-from .keys import Group, first_named, grouped, keyed, lasting_pair, measured_from_base, ranged, sources
+from .keys import Group, first_named, grouped, keyed, lasting_pair, measured_from_base, ranged, sources, spreading
 from .lanes import BASE, FIRST, PREDICT, Lane
 from .live import Watch
 from .loading import load_lanes
 from .run import Run
 from .term_guider import TermGuider, Weight
+from .words import Words
 
 _OF_STOCK_RUN = ("conds", "inner_model", "loaded_models")  # which stock sampling lets go of after a good run only
 
@@ -38,10 +39,12 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         model_patcher: the unconditional model.
         unconditional: its conditioning.
         terms: the terms.
-        node: the node's name, for errors.
+        words: what messages call its parts, or the name of a GCFG sampler.
         watch: who looks at its runs.
         cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
             all that is summed.
+        spreads: whether the boxes and the ControlNet of a term's conditioning are the others' too where stock guidance
+            spreads those of its positive; else only those of a sampler's own positive are.
 
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
@@ -56,16 +59,18 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         model_patcher: Any,
         unconditional: Any,
         terms: Sequence[GuidanceTerm],
-        node: str,
+        words: Words | str,
         watch: Watch | None = None,
         cfg_of: int | None = None,
+        spreads: bool = True,
     ) -> None:
         super().__init__(model_patcher)
+        self.words = words = Words(words) if isinstance(words, str) else words
+        self.node = node = words.node
         checks.check_terms(node, terms)
         sampling = model_patcher.get_model_object("model_sampling")
-        self.node = node
         self.watch = Watch() if watch is None else watch
-        checks.check_run(node, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
+        checks.check_run(words, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
         terms = measured_from_base(model_patcher, unconditional, terms)
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
         self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
@@ -80,7 +85,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         of_stock = cfg_of if two is None else two[0]
         if of_stock is not None:
             self.cfg = Weight(terms[of_stock].weight)
-        self.keys = keyed(self.groups, unconditional, self.sources, two)
+        first = spreading(self.groups[0], unconditional, self.sources) if spreads else cfg_of
+        self.keys = keyed(self.groups, unconditional, self.sources, two, first)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own: dict[str, Any] = {}
@@ -99,7 +105,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         """Stock sampling, which leaves every model as it found it even when it fails or is interrupted."""
         if sigmas.shape[-1] == 0:
             return latent_image
-        checks.check_latent(self.node, self.model_patcher, latent_image)
+        checks.check_latent(self.words, self.model_patcher, latent_image)
         warned = self.quiet or checks.warn_not_finite(self.node, latent_image)
         recorder = None
         try:
@@ -112,7 +118,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
-            why = failures.explained(self.node, error, self.model_patcher, latent_image, self.unconditional, self.plan)
+            why = failures.explained(self.words, error, self.model_patcher, latent_image, self.unconditional, self.plan)
             if why is not None:
                 raise why from error
             raise
@@ -162,7 +168,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 load_lanes(run.lanes, noise.shape)
             for lane in others:
                 further.begin(lane, noise, latent_image, device, sigmas, denoise_mask, seed, **kwargs)
-            return wrapping.within(wrapping.SAMPLER, others, around_sampler, callback, sampled, run.outside)
+            return wrapping.within(wrapping.SAMPLER, base, others, around_sampler, callback, sampled, run.outside)
 
         def sampled(callback: Any) -> Tensor:
             versions.activate(base.patcher)
@@ -178,7 +184,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
                 afterwards.callback(further.end, lane)
                 further.prepare(lane, self)
             with placing.functions(run.outside):
-                return wrapping.within(wrapping.OUTER, others, around_run, callback, prepared, run.outside, **kwargs)
+                return wrapping.within(
+                    wrapping.OUTER, base, others, around_run, callback, prepared, run.outside, **kwargs
+                )
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: Any = None) -> Tensor:
         """The guided denoised prediction at one noise level.
@@ -235,6 +243,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             checks.warn_nowhere(plan)
         used = set(plan.used([*(steps or [last]), last]))
         used.update(self.references[place] for place in list(used) if place in self.references)
+        if self.cfg_of is not None:  # also at 0: wrappers may set another, and its boxes are the negative's too
+            used.add(self.cfg_of)
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
         self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
@@ -249,7 +259,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         outside = placing.functions_in_place()
         references = {place: self.keys[other] for place, other in self.references.items()}
         return Run(
-            self.node,
+            self.words,
             plan,
             self.keys,
             references,

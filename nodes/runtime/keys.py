@@ -133,19 +133,23 @@ def _same_prediction(a: Source, b: Source) -> bool:
 
 
 def keyed(
-    groups: Sequence[Group], unconditional: Any, found: Sequence[Source], two: tuple[int, int] | None
+    groups: Sequence[Group],
+    unconditional: Any,
+    found: Sequence[Source],
+    two: tuple[int, int] | None,
+    first: int | None,
 ) -> list[str]:
     """A name for each prediction; equal predictions have one name.
 
     Stock sampling spreads GLIGEN boxes, and ControlNets of the plain "Apply ControlNet" node, from the conditioning
-    named "positive" to the others of the same model, so among those of the sampler's model that name goes to the first
-    that has any.
+    named "positive" to the others of the same model.
 
     Args:
         groups: the predictions by model.
         unconditional: the sampler's conditioning.
         found: what each prediction is made of.
         two: the places of a lasting pair.
+        first: the place of the term that is named "positive"; None where it is the unconditional.
     """
     keys = [f"term_{place + 1}" for place in range(len(found))]
     own = groups[0].places
@@ -153,8 +157,6 @@ def keyed(
     if two is not None:
         keys[two[0]], keys[two[1]] = FIRST, BASE
         return keys
-    spreading = (place for place in apart if any(_spreads(options) for _, options in found[place].conditioning))
-    first = next(spreading, own[0] if own else None)
     if first is not None:
         keys[first] = FIRST
     for group in groups:
@@ -168,6 +170,13 @@ def keyed(
             unlike = {keys[p] for p in known if not _same_prediction(found[p], found[place])}
             keys[place] = next((keys[p] for p in known if keys[p] not in unlike), keys[place])
     return keys
+
+
+def spreading(group: Group, unconditional: Any, found: Sequence[Source]) -> int | None:
+    """The place of the first term of the sampler's model that has what spreads to the others; else of its first."""
+    apart = (place for place in group.places if not identical(found[place].conditioning, unconditional))
+    spread = (place for place in apart if any(_spreads(options) for _, options in found[place].conditioning))
+    return next(spread, group.places[0] if group.places else None)
 
 
 def lasting_pair(base_terms: Sequence[int], terms: Sequence[GuidanceTerm]) -> tuple[int, int] | None:

@@ -21,7 +21,12 @@ class Watch:
     Args:
         node_id: the node in the prompt, or None where it is not known.
         wanted: whether a Guidance Report is connected.
+
+    Attributes:
+        others: of nodes whose terms are in the same run; they are shown what this one is.
     """
+
+    others: tuple[Watch, ...] = ()
 
     def __init__(self, node_id: str | None = None, wanted: bool = False) -> None:
         self.node_id = node_id
@@ -31,17 +36,29 @@ class Watch:
 
     def recorder(self, sigmas: Sequence[float], labels: Sequence[str], relative: Sequence[str]) -> Recorder | None:
         """A recorder for a run that begins, or None if nobody looks."""
-        self._sent, self._time = 0, 0.0
-        if self.node_id is not None and _editor() is not None:
-            return Recorder(self.report, sigmas, labels, self._send, relative)
-        return Recorder(self.report, sigmas, labels, relative=relative) if self.wanted else None
+        looking = [watch for watch in (self, *self.others) if watch._looks()]
+        if not looking:
+            return None
+        recorder = Recorder(self.report, sigmas, labels, self._tell, relative)
+        for watch in looking:
+            watch.report.show(self.report)
+            watch._sent, watch._time = 0, 0.0
+        return recorder
 
     def end(self, recorder: Recorder | None) -> None:
         """Take the last readings of a run, and send what was not sent yet."""
         if recorder is not None:
             recorder.finish()
-            self._time = 0.0
-            self._send()
+            for watch in (self, *self.others):
+                watch._time = 0.0
+            self._tell()
+
+    def _looks(self) -> bool:
+        return self.wanted or (self.node_id is not None and _editor() is not None)
+
+    def _tell(self) -> None:
+        for watch in (self, *self.others):
+            watch._send()
 
     def _send(self) -> None:
         editor, now = _editor(), time.monotonic()

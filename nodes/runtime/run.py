@@ -21,6 +21,7 @@ from .readings import Readings
 from .step import Known, Step, Terms, decided
 from .summing import Summing
 from .term_guider import TermGuider, Weight
+from .words import Words
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class Run:
     """What is alive while one run samples.
 
     Attributes:
-        node: the node's name, for errors.
+        words: what messages call its parts.
         plan: the terms with their weights over the noise levels.
         keys: the key of each term's prediction.
         references: the key of the prediction that a relative term is measured from, by the term's place.
@@ -45,7 +46,7 @@ class Run:
         readings: takes readings while it samples, where anybody looks.
     """
 
-    node: str
+    words: Words
     plan: GuidancePlan
     keys: Sequence[str]
     references: Mapping[int, str]
@@ -123,15 +124,17 @@ class Run:
         self, sigma: Tensor, options: dict[str, Any], cfg: float | None = None, base_is_given: bool = False
     ) -> Step:
         """Which terms act at a noise level, around which prediction, and what has to be evaluated for them."""
+        override = None if isinstance(cfg, Weight) else cfg
+        given = {} if override is None or self.cfg_of is None else {self.cfg_of: override}
         steady = self.plan.steady
-        acting = steady if steady is not None and not self.ranged else self._acting(float(sigma[0]))
+        acting = steady if steady is not None and not (self.ranged or given) else self._acting(float(sigma[0]), given)
         two = None
-        if cfg is not None and not isinstance(cfg, Weight):
-            acting, two = self._overridden(acting, cfg)
+        if override is not None and not given:
+            acting, two = self._overridden(acting, override)
         eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
         step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
         if BASE in self.ranged and BASE in step.wanted:
-            checks.check_base_covers(self.node, self.lanes[0].conds[BASE], float(sigma[0]))
+            checks.check_base_covers(self.words, self.lanes[0].conds[BASE], float(sigma[0]))
         return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
 
     def _combined(
@@ -171,10 +174,14 @@ class Run:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, sigma: float) -> Terms:
+    def _acting(self, sigma: float, given: Mapping[int, float]) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
+
+        Args:
+            sigma: the noise level.
+            given: weights that something else set, by the place of the term.
         """
 
         def takes_part(key: str) -> bool:
@@ -183,7 +190,7 @@ class Run:
         def keys(term: ActiveTerm) -> list[str]:
             return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-        return tuple(term for term in self.plan.active(sigma) if all(map(takes_part, keys(term))))
+        return tuple(term for term in self.plan.active(sigma, given) if all(map(takes_part, keys(term))))
 
     def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""
@@ -205,8 +212,6 @@ class Run:
         Returns:
             The terms, and which of them is the positive and which the negative of a pair.
         """
-        if self.cfg_of is not None:
-            return tuple(replace(term, weight=cfg) if term.index == self.cfg_of else term for term in acting), None
         if len(acting) == 1:
             return (replace(acting[0], weight=cfg),), None
         two = pair(acting)

@@ -114,6 +114,13 @@ def has_wrappers(kind: str, patcher: Any) -> bool:
     return any(held.values()) or bool(wrappers(kind, patcher.model_options))
 
 
+def add_wrapper(kind: str, key: str, wrapper: Any, options: dict[str, Any]) -> None:
+    """Put a wrapper inside all others of a run's options; a ComfyUI that does not know its kind does not call it."""
+    import comfy.patcher_extension
+
+    comfy.patcher_extension.add_wrapper_with_key(kind, key, wrapper, options, is_model_options=True)
+
+
 def has_run_wrappers(patcher: Any) -> bool:
     """Whether a model carries wrappers around a run or a whole prediction, which look at their guider."""
     kinds = ("outer_sample", "prepare_sampling", "sampler_sample", "predict_noise")

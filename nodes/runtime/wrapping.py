@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import placing, versions
@@ -44,6 +46,7 @@ def carries_terms(model: Any) -> bool:
 
 def within(
     kind: str,
+    base: Lane,
     lanes: Sequence[Lane],
     given: Callable[[Lane], dict[str, Any]],
     callback: Any,
@@ -55,6 +58,7 @@ def within(
 
     Args:
         kind: of the wrappers.
+        base: the sampler's model.
         lanes: the further models.
         given: the arguments that a lane's wrappers get, by name, without the callback.
         callback: told of every step; wrappers may put their own around it.
@@ -65,10 +69,16 @@ def within(
     if not lanes:
         return body(callback)
     lane, *further = lanes
-    inner = _Inner(kind, lane, lambda told: within(kind, further, given, told, body, outside, **kwargs), outside)
+    around = versions.wrappers(kind, lane.guider.model_options)
+    rest = partial(within, kind, base, further, given, body=body, outside=outside, **kwargs)
+    inner = _Inner(kind, base, lane, rest, outside)
     arguments = {**given(lane), "callback": callback}
     owner = arguments["sampler"] if kind == SAMPLER else lane.guider
-    inner.given = {name: arguments[name] for name in _ARGUMENTS[kind]}
+    inner.own = {name: arguments[name] for name in _ARGUMENTS[kind]}
+    # Copies, since wrappers write into the noise (context windows' FreeNoise).
+    inner.given = {
+        name: value.clone() if around and isinstance(value, Tensor) else value for name, value in inner.own.items()
+    }
     with placing.functions(lane.functions):
         versions.wrapped(kind, lane.guider.model_options, inner, owner)(*inner.given.values(), **kwargs)
         return inner.result if inner.calls else inner(*inner.given.values())
@@ -77,18 +87,21 @@ def within(
 class _Inner:
     """What a lane's wrappers stand around: the rest of the run, which happens once."""
 
-    given: dict[str, Any]
+    own: dict[str, Any]  # the arguments of the sampling itself
+    given: dict[str, Any]  # those that the wrappers got
     result: Tensor
 
-    def __init__(self, kind: str, lane: Lane, body: Callable[[Any], Tensor], outside: placing.Functions) -> None:
-        self.kind, self.lane, self.body, self.outside = kind, lane, body, outside
+    def __init__(
+        self, kind: str, base: Lane, lane: Lane, body: Callable[[Any], Tensor], outside: placing.Functions
+    ) -> None:
+        self.kind, self.base, self.lane, self.body, self.outside = kind, base, lane, body, outside
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         got = {**self.given, **dict(zip(self.given, args, strict=False))}
         got.update((name, value) for name, value in kwargs.items() if name in got)
         self.calls += 1
-        changed = [name for name in got if name not in _OWN and not identical(got[name], self.given[name])]
+        changed = [name for name in got if name not in _OWN and self._is_changed(name, got[name])]
         if changed or self.calls > 1:
             self._say("samples again" if self.calls > 1 else f"changes {' and '.join(changed)} of the sampling")
         if self.calls == 1:
@@ -99,12 +112,21 @@ class _Inner:
                 self.result = self.body(got["callback"])
         return self.result
 
+    def _is_changed(self, name: str, got: Any) -> bool:
+        own, given = self.own[name], self.given[name]
+        return not identical(got, given) or (
+            own is not given and isinstance(own, Tensor) and not torch.equal(given, own)
+        )
+
     def _say(self, what: str) -> None:
-        names = ", ".join(map(called, versions.wrappers(self.kind, self.lane.guider.model_options)))
+        found, others = (versions.wrappers(self.kind, lane.guider.model_options) for lane in (self.lane, self.base))
+        found = [wrapper for wrapper in found if wrapper not in others]  # those do to the sampling what these do
+        if not found:
+            return
         logging.warning(
             "GCFG: a wrapper on the model of %s (%s) %s, which only the sampler's model can: that has no effect "
             "here; put its node on the model of the sampler.",
             self.lane.name,
-            names,
+            ", ".join(map(called, found)),
             what,
         )

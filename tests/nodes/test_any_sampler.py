@@ -265,6 +265,102 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.fixture
+def windows(extra):
+    """Put core's context windows on a model: of 4 rows, 2 of them shared."""
+    nodes = extra("nodes_context_windows")
+    node = getattr(nodes, "ContextWindowsManualNode", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no context windows")
+
+    def put(model, freenoise=False):
+        inputs = dict(context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1)
+        if "freenoise" in inspect.signature(node.execute).parameters:
+            inputs["freenoise"] = freenoise
+        elif freenoise:
+            pytest.skip("this ComfyUI has no FreeNoise")
+        return node.execute(model, **inputs, closed_loop=False, fuse_method="pyramid", dim=2).result[0]
+
+    return put
+
+
+@pytest.mark.parametrize("freenoise", [False, True])
+@pytest.mark.parametrize("on", ["in front", "behind", "the term's model", "both models", "the term and the sampler"])
+def test_context_windows(gcfg, stock, prior, concept, prompt, latent, windows, on, freenoise):
+    """Each model has its own, and the noise is that of the sampler's model."""
+
+    def put(model):
+        return windows(model, freenoise)
+
+    base = put(prior) if on in ("in front", "both models", "the term and the sampler") else prior
+    model = {"the term's model": put(concept), "both models": put(concept), "the term and the sampler": base}.get(on)
+    idle, term = (GuidanceTerm(weight, model=model, conditioning=prompt(3)) for weight in (0.0, 1.5))
+
+    def run(term):
+        patched = put(with_terms(prior, term)) if on == "behind" else with_terms(base, term)
+        return stock(patched, prompt(1), prompt(2), latent, cfg=5.0)
+
+    sampled = put(prior) if on == "behind" else base
+    plain = stock(sampled, prompt(1), prompt(2), latent, cfg=5.0)
+    assert torch.equal(run(idle), plain)
+    got = run(term)
+    expected = gcfg(sampled, prompt(2), [GuidanceTerm(5.0, conditioning=prompt(1)), term], latent)
+    if on == "the term and the sampler":  # older clones have windows of their own, and so calls of their own
+        assert checks.relative(got, expected) < 2e-6
+    else:
+        assert torch.equal(got, expected)
+    whole = GuidanceTerm(1.5, model=model and (prior if model is base else concept), conditioning=prompt(3))
+    assert checks.relative(stock(with_terms(prior, whole), prompt(1), prompt(2), latent, cfg=5.0), got) > 1e-2
+
+
+def test_context_windows_of_a_terms_model_are_its_own(stock, prior, concept, prompt, latent, windows, caplog):
+    """By hand, in one step: the prediction of the windowed model, and the noise of the sampler's."""
+
+    def predicted(model, cond):
+        return stock(model, cond, cond, latent, cfg=1.0, steps=1)
+
+    def got(freenoise):
+        term = GuidanceTerm(2.0, model=windows(concept, freenoise), conditioning=prompt(3))
+        return stock(with_terms(prior, term), prompt(1), prompt(2), latent, cfg=4.0, steps=1)
+
+    positive, negative = predicted(prior, prompt(1)), predicted(prior, prompt(2))
+    pulled = predicted(windows(concept), prompt(3))
+    expected = negative + 4.0 * (positive - negative) + 2.0 * (pulled - negative)
+    assert checks.relative(got(False), expected) < 1e-5
+    assert checks.relative(pulled, predicted(concept, prompt(3))) > 1e-2
+    assert "changes noise of the sampling" not in caplog.text
+    assert torch.equal(got(True), got(False))
+    assert "changes noise of the sampling" in caplog.text
+
+
+@pytest.mark.parametrize(("cfg", "override"), [(0.0, 2.0), (0.0, 1.0), (5.0, 0.0), (1.0, 0.0)])
+def test_cfg_override_to_or_from_zero(extra, gcfg, stock, prior, prompt, latent, cases, cfg, override):
+    """At 0 the positive has no part in the sum and is not evaluated; it is where an override brings it back."""
+    node = getattr(extra("nodes_custom_sampler"), "CFGOverride", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no CFG Override")
+    overridden = node.execute(prior, override, 0.0, 1.0).result[0]
+    nothing = with_terms(overridden, GuidanceTerm(0.0, conditioning=prompt(3)))
+    plain = stock(overridden, prompt(1), prompt(2), latent, cfg=cfg)
+    assert checks.relative(stock(nothing, prompt(1), prompt(2), latent, cfg=cfg), plain) < 2e-6  # another batch
+    (term,) = cases["another model"]
+    got = stock(with_terms(overridden, term), prompt(1), prompt(2), latent, cfg=cfg)
+    expected = gcfg(prior, prompt(2), [GuidanceTerm(override, conditioning=prompt(1)), term], latent)
+    assert torch.equal(got, expected)
+
+
+def test_cfg_override_of_zero_for_a_part_of_the_sampling(extra, gcfg, stock, prior, prompt, latent, cases):
+    node = getattr(extra("nodes_custom_sampler"), "CFGOverride", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no CFG Override")
+    (term,) = cases["another model"]
+    model = with_terms(node.execute(prior, 2.0, 0.0, 0.5).result[0], term)
+    early = GuidanceTerm(2.0, 0.0, 0.5, conditioning=prompt(1))
+    got = stock(model, prompt(1), prompt(2), latent, cfg=0.0)
+    assert checks.relative(got, gcfg(prior, prompt(2), [early, term], latent)) < 2e-6
+    assert checks.relative(got, gcfg(prior, prompt(2), [term], latent)) > 1e-2
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("guider", ["stock", "other"])
 def test_wrappers_of_other_packs_act_once(stock, custom, other, prior, prompt, latent, cases, first, guider):
@@ -323,12 +419,89 @@ def test_all_models_are_loaded_with_one_request(monkeypatch, comfy, stock, prior
     assert [both for both in requests if id(concept.model) in both] == [requests[-1]]
 
 
+def test_a_term_on_the_samplers_model_itself_shares_its_call(stock, prior, prompt, latent, count_forwards):
+    calls = count_forwards(prior)
+    model = with_terms(prior, GuidanceTerm(2.0, model=prior, conditioning=prompt(3)))
+    stock(model, prompt(1), prompt(2), latent, steps=1)
+    assert [batch for _, batch in calls] == [3]
+
+
 def test_the_report_is_of_the_last_run(stock, prior, prompt, latent, cases):
     reader = {"inputs": {"report": ["7", 1]}}
     model, report = node().make(prior, unique_id="7", prompt={"8": reader}, term_1=tuple(cases["two"]))
     stock(model, prompt(1), prompt(2), latent, steps=3)
     assert report.labels == ("positive", "1", "2")
     assert [reading.step for reading in report.readings] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
+    monkeypatch, stock, custom, other, prior, prompt, latent, cases, guider
+):
+    from comfyui_gcfg.nodes.runtime import live
+
+    class Editor:
+        client_id = "editor"
+        sent = []
+
+        def send_sync(self, event, message, client):
+            self.sent.append((message["node"], message["first"], len(message["readings"]), message["labels"]))
+
+    def run(model):
+        if guider == "other":
+            return custom(other(model))
+        return stock(model, prompt(1), prompt(2), latent, steps=4)
+
+    first, second = cases["two"]
+    reader = {"7": {"inputs": {"report": ["6", 1]}}}
+    patched, one = node().make(prior, unique_id="5", term_1=(first,))  # nobody looks at this one
+    patched, two = node().make(patched, unique_id="6", prompt=reader, term_1=(second,))
+    both, three = node().make(patched, term_1=(GuidanceTerm(1.0, conditioning=prompt(4)),))
+    labels = ("1", "2", "3") if guider == "other" else ("positive", "1", "2", "3")
+    run(both)
+    assert (one.labels, two.labels) == ((), labels)
+    assert [reading.step for reading in two.readings] == [1, 2, 3, 4]
+    assert all(all(reading.weights) for reading in two.readings)
+    run(patched)
+    assert (two.labels, three.labels) == (labels[:-1], labels)
+    monkeypatch.setattr(live, "prompt_server", Editor)
+    run(both)
+    assert one.labels == labels
+    for name in "56":
+        told = [(at, count) for who, at, count, said in Editor.sent if who == name and said == list(labels)]
+        assert sum(count for _, count in told) == 4
+        assert [at for at, _ in told] == [sum(count for _, count in told[:place]) for place in range(len(told))]
+
+
+def test_terms_of_three_nodes_are_what_the_equation_says(comfy, exact, concept, prior, prompt):
+    """By hand, in float64: D_neg + cfg (D_pos - D_neg) + sum_i w_i (D_i - R_i)."""
+    offsets = {"sampler": 0.0, "concept": 0.7}
+    models = {"sampler": exact(prior, "sampler", 0.0), "concept": exact(concept, "concept", 0.7)}
+    prompts, sigma = [prompt(number) for number in range(4)], 3.0
+    model = models["sampler"]
+    for term in (
+        GuidanceTerm(1.5, model=models["concept"], conditioning=prompts[2]),
+        GuidanceTerm(-0.75, conditioning=prompts[3]),
+        GuidanceTerm(2.0, model=models["concept"], conditioning=prompts[3], relative_conditioning=prompts[2]),
+    ):
+        model = with_terms(model, term)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompts[1], prompts[0])
+    guider.set_cfg(4.0)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    euler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(noise, torch.zeros_like(noise), euler, torch.tensor([sigma, 0.0]), disable_pbar=True)
+    got, x = prior.get_model_object("latent_format").process_in(out).double(), noise.double() * sigma
+
+    def predicted(name, number):
+        variance = 0.09 + sigma**2
+        centre = torch.tanh(x / variance) + offsets[name] + prompts[number][0][0].double()[:, :1, :1, None]
+        return (centre * sigma**2 + x * 0.09) / variance
+
+    base = predicted("sampler", 0)
+    expected = base + 4.0 * (predicted("sampler", 1) - base) + 1.5 * (predicted("concept", 2) - base)
+    expected += -0.75 * (predicted("sampler", 3) - base) + 2.0 * (predicted("concept", 3) - predicted("concept", 2))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("guider", ["stock", "other"])
@@ -374,20 +547,91 @@ class TestBadInput:
             custom(dual)
         assert prior.get_additional_models() == []
 
-    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases):
-        class Silent(comfy.samplers.CFGGuider):
-            def predict_noise(self, x, timestep, model_options=None, seed=None):
-                return x * 0.5
+    @pytest.mark.parametrize("lost", [1, 3])
+    def test_a_guider_that_does_not_tell_its_predictions(self, comfy, custom, prior, prompt, cases, lost):
+        """It is refused at the step where it does not, and no run is lost by it."""
+        if not hasattr(comfy.samplers.CFGGuider, "outer_predict_noise"):
+            pytest.skip("this ComfyUI has no wrappers around a prediction")
+        steps = []
 
-        silent = Silent(with_terms(prior, *cases["two"]))
-        silent.set_conds(prompt(1), prompt(2))
+        class Silent(comfy.samplers.CFGGuider):
+            def predict_noise(self, x, *args, **kwargs):
+                steps.append(x)
+                return x * 0.5 if len(steps) >= lost else super().predict_noise(x, *args, **kwargs)
+
+        def silent(*terms):
+            steps.clear()
+            guider = Silent(with_terms(prior, *terms))
+            guider.set_conds(prompt(1), prompt(2))
+            return guider
+
         with pytest.raises(GuidanceError, match=r"^GCFG Model: the sampler's guider is Silent, whose sum does not"):
-            custom(silent)
+            custom(silent(*cases["two"]))
+        assert len(steps) == lost
+        assert prior.get_additional_models() == []
+        if lost > 1:
+            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))  # no term acts where it does not tell
+
+    @pytest.mark.parametrize("on", ["model", "model_negative", "both"])
+    def test_a_guider_of_two_models(self, extra, custom, prior, concept, prompt, cases, on):
+        """Dual Model CFG Guider samples the one, and evaluates its negative prompt on the other."""
+        dual = getattr(extra("nodes_custom_sampler"), "Guider_DualModel", None)
+        if dual is None:
+            pytest.skip("this ComfyUI has no Dual Model CFG Guider")
+
+        def run(model, negative):
+            guider = dual(model, negative)
+            guider.set_conds(prompt(1), prompt(2))
+            guider.set_cfg(4.0)
+            return custom(guider)
+
+        before = run(prior, concept)
+        model = prior if on == "model_negative" else with_terms(prior, *cases["two"])
+        negative = concept if on == "model" else with_terms(concept, GuidanceTerm(2.0, conditioning=prompt(3)))
+        said = "the sampler's guider is Guider_DualModel, whose sum does not start from a negative prediction that"
+        if on != "model":
+            said = "its model is evaluated beside the one that is sampled, as model_negative of a Dual Model CFG Guider"
+        with pytest.raises(GuidanceError, match=rf"^GCFG Model: {said}"):
+            run(model, negative)
+        assert torch.equal(run(prior, concept), before)
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
         with pytest.raises(GuidanceError, match=r"^Guidance Term 'xl': latent format is SDXL"):
             stock(with_terms(prior, wrong), prompt(1), prompt(2), latent)
+
+    @pytest.mark.parametrize("basic", [False, True])
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("width", "GCFG Model: the sampler's {prompt} is 2048 wide, expected 768 for this model"),
+            ("range", "GCFG Model: the sampler's {prompt} is limited to a part of the sampling"),
+            ("family", "Guidance Term '1': latent format is SDXL, expected SD15 like the sampler's model's"),
+            ("nothing", "Guidance Term '1': neither model nor conditioning is connected, expected at least one, "
+             "because without them the term predicts the sampler's {prompt} itself and changes nothing"),
+            ("latent", "GCFG Model: latent_image has 16 channels, expected 4 as the sampler's model works with"),
+        ],
+    )  # fmt: skip
+    def test_messages_call_the_base_what_it_is_in_the_sampler(
+        self, extra, load_unet, weights, custom_advanced, stock, prior, prompt, latent, wrong, message, basic
+    ):
+        base = {"width": prompt(2, 2048), "range": prompt(2, start_percent=0.9)}.get(wrong, prompt(2))
+        term = GuidanceTerm(2.0, conditioning=prompt(3))
+        if wrong == "family":
+            term = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048))
+        elif wrong == "nothing":
+            term = GuidanceTerm(2.0)
+        latent = {"samples": torch.ones(1, 16, 8, 8)} if wrong == "latent" else latent
+        model = with_terms(prior, term)
+        with pytest.raises(GuidanceError) as error:  # noqa: PT012 - one run, in one of two ways
+            if basic:
+                guider = extra("nodes_custom_sampler").Guider_Basic(model)
+                guider.set_conds(base)
+                custom_advanced(guider, latent, 4)
+            else:
+                stock(model, prompt(1), base, latent)
+        assert str(error.value).startswith(message.format(prompt="prompt" if basic else "negative prompt"))
+        assert "unconditional" not in str(error.value)
 
     def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
         monkeypatch.setattr(versions, "HAS_HOOKS", False)

@@ -102,7 +102,7 @@ def test_flow_model_with_eps_model(gcfg, prior, concept, prompt, latent, comfy):
     term = GuidanceTerm(2.0, model=flow, conditioning=prompt(1), label="style")
     assert refusal(gcfg, prior, prompt(0), [term], latent) == (
         "Guidance Term 'style': model is a flow model, expected a diffusion (eps or v) model like the unconditional "
-        "one, because their noise levels mean different things; use two models of one kind."
+        "model, because their noise levels mean different things; use two models of one kind."
     )
 
 

@@ -231,6 +231,95 @@ def test_controlnet_of_a_sampler_with_gcfg_model(
     assert not torch.equal(got, stock(gcfg_model(prior, style), prompt(1), prompt(2), latent))
 
 
+@pytest.fixture(scope="module")
+def boxed(comfy):
+    """A CONDITIONING with a box, as GLIGEN's text box node makes it; the gates have random weights."""
+    import comfy.gligen
+    import comfy.model_patcher
+
+    gates = [comfy.gligen.GatedSelfAttentionDense(NARROW, 768, 8, NARROW // 8) for _ in range(8)]
+    model = comfy.gligen.Gligen(gates, comfy.gligen.PositionNet(768, 768), 768)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        fan = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
+    cls = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher = cls(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    box = (torch.randn(1, 768, generator=generator), 4, 4, 0, 4)
+
+    def put(cond):
+        return [[tokens, {**options, "gligen": ("position", patcher, [box])}] for tokens, options in cond]
+
+    return put
+
+
+def test_boxes_of_gligen_reach_the_unconditional(gcfg, stock, prior, prompt, latent, boxed):
+    positive = boxed(prompt(1))
+    expected = stock(prior, positive, prompt(2), latent)
+    assert torch.equal(gcfg(prior, prompt(2), [GuidanceTerm(7.5, conditioning=positive)], latent), expected)
+    assert not torch.equal(expected, stock(prior, prompt(1), prompt(2), latent))
+
+
+@pytest.mark.parametrize("on", ["positive", "both", "the term of another model"])
+@pytest.mark.parametrize("cfg", [7.5, 1.0])
+def test_boxes_of_gligen_under_gcfg_model(gcfg, gcfg_model, stock, prior, concept, prompt, latent, boxed, on, cfg):
+    """Bit-equal to stock where no term acts, and to the GCFG KSampler where one does."""
+    positive = boxed(prompt(1)) if on in ("positive", "both") else prompt(1)
+    negative = boxed(prompt(2)) if on == "both" else prompt(2)
+    third = boxed(prompt(3)) if on == "the term of another model" else prompt(3)
+    idle, term = (GuidanceTerm(weight, model=concept, conditioning=third) for weight in (0.0, 1.5))
+    plain = stock(prior, positive, negative, latent, cfg=cfg)
+    assert torch.equal(stock(gcfg_model(prior, idle), positive, negative, latent, cfg=cfg), plain)
+    got = stock(gcfg_model(prior, term), positive, negative, latent, cfg=cfg)
+    assert torch.equal(got, gcfg(prior, negative, [GuidanceTerm(cfg, conditioning=positive), term], latent))
+    unboxed = GuidanceTerm(1.5, model=concept, conditioning=prompt(3))
+    assert relative(stock(gcfg_model(prior, unboxed), prompt(1), prompt(2), latent, cfg=cfg), got) > 1e-2
+
+
+@pytest.mark.parametrize("what", ["boxes", "ControlNet"])
+def test_at_a_cfg_of_zero_the_negative_has_what_the_positive_brings(
+    gcfg_model, stock, prior, prompt, latent, boxed, controlnet, what
+):
+    """As in stock, whose negative is all that is left there."""
+    positive = boxed(prompt(1)) if what == "boxes" else _controlled(sys.modules["nodes"], controlnet, prompt(1))
+    expected = stock(prior, positive, prompt(2), latent, cfg=0.0)
+    assert relative(expected, stock(prior, prompt(1), prompt(2), latent, cfg=0.0)) > 1e-2
+    idle = gcfg_model(prior, GuidanceTerm(0.0, conditioning=prompt(3)))
+    assert relative(stock(idle, positive, prompt(2), latent, cfg=0.0), expected) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["boxes", "ControlNet"])
+@pytest.mark.parametrize("way", ["stock", "another guider", "Basic Guider"])
+def test_what_a_term_brings_is_not_the_samplers(
+    comfy, extra, gcfg_model, custom_advanced, prior, prompt, latent, boxed, controlnet, what, way
+):
+    """By hand: the sampler's own prompts predict what they do without the term."""
+
+    def brought(cond):
+        return boxed(cond) if what == "boxes" else _controlled(sys.modules["nodes"], controlnet, cond)
+
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    def one_step(model, positive, negative=None, cfg=1.0, kind=comfy.samplers.CFGGuider):
+        guider = extra("nodes_custom_sampler").Guider_Basic(model) if way == "Basic Guider" else kind(model)
+        guider.set_conds(*([positive] if way == "Basic Guider" else [positive, negative or positive]))
+        guider.set_cfg(cfg)
+        return custom_advanced(guider, latent, 1)["samples"]
+
+    term = GuidanceTerm(2.0, conditioning=brought(prompt(3)))
+    kind = Other if way == "another guider" else comfy.samplers.CFGGuider
+    got = one_step(gcfg_model(prior, term), prompt(1), prompt(2), 4.0, kind)
+    pulled = one_step(prior, brought(prompt(3)))
+    positive, negative = one_step(prior, prompt(1)), one_step(prior, prompt(2))
+    expected = negative + 4.0 * (positive - negative) + 2.0 * (pulled - negative)
+    if way == "Basic Guider":
+        expected = positive + 2.0 * (pulled - positive)
+    assert relative(got, expected) < 1e-5
+    assert relative(pulled, one_step(prior, prompt(3))) > 1e-2
+
+
 def test_controlnet_on_another_models_term_changes_only_that_term(gcfg, prior, concept, prompt, latent, controlnet):
     """Against the sum of one-step predictions: D = D0 + w (C - D0), with C from the stock sampler at cfg 1."""
     positive = _controlled(sys.modules["nodes"], controlnet, prompt(1), prompt(1))[0]

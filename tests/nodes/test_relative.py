@@ -117,6 +117,13 @@ def test_any_sum_is_what_the_equation_says(at_one_level, term, calls, inputs):
     [
         pytest.param([(7.5, None, 1), (2.0, None, 1, "other")], 3, id="CFG and AutoGuidance"),
         pytest.param([(1.5, None, 2), (7.0, None, 1, None, 2)], 3, id="InstructPix2Pix"),
+        pytest.param([(1.5, None, 2), (9.0, None, 1, None, 2)], 3, id="Dual CFG Guider, nested"),
+        pytest.param([(1.0, None, 1), (3.0, None, 1, "other", 2)], 2, id="Dual Model CFG Guider"),
+        pytest.param(
+            [(w, m, *of) for m in ("lora", "other") for w, of in ((0.5, (0,)), (3.75, (1, None, 0)))],
+            4,
+            id="Composite of two LoRAs",
+        ),
         pytest.param(
             [(1 / 3, m, 0) for m in ("prior", "lora", "other")] + [(2.5, m, 1, None, 0) for m in ("lora", "other")],
             5,
