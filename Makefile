@@ -2,8 +2,7 @@
 # make demo     start a real ComfyUI and run the shared workflows; images go to output/
 # make test     run the tests
 # make check    lint, format and type checks
-# make reproduce  train a small world, measure every method of the paper in it, write the page (ARGS=long: hours, as the docs;
-#                 ARGS=gpu)
+# make reproduce  train a small world, measure every method of the paper in it, write the report (ARGS=large: on a GPU)
 # make bench    measure the pack against the stock nodes (ARGS=reuse: Guidance Cache; ARGS=training: the trainer);
 #               docs/benchmarks.md says what
 # make clean    remove .venv and the caches

@@ -20,8 +20,8 @@ from ..testkit.errors import CommandError
 from ..testkit.model_files import CONCEPT, PRIOR
 from ..testkit.server import Server
 from ..testkit.workflow import problems, refusing_nodes, to_prompt, unknown_nodes
-from .held_out import WORKFLOW as HELD_OUT
-from .held_out import held_out_sheet
+from .digits import WORKFLOW as DIGITS
+from .digits import digit_sheet
 from .sheet import Entry, contact_sheet, side_by_side
 
 WORKFLOWS = PACK / "workflows"
@@ -135,9 +135,9 @@ def execute(client: Client, job: Job, output: Path) -> Entry:
     return Entry(job.name, tuple(images), run.seconds)
 
 
-def draw_held_out(client: Client, job: Job, output: Path) -> None:
-    """Run one workflow for ten things in three ways, and save the sheet as `output/held-out.png`."""
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=30, desc="held out", unit="image", leave=False) as bar:
+def draw_digits(client: Client, job: Job, output: Path) -> None:
+    """Run one workflow for ten prompts in three ways, and save the sheet as `output/digits.png`."""
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=30, desc="digits", unit="image", leave=False) as bar:
 
         def run(prompt: Prompt) -> Path:
             path = Path(folder) / f"{bar.n}.png"
@@ -145,8 +145,8 @@ def draw_held_out(client: Client, job: Job, output: Path) -> None:
             bar.update()
             return path
 
-        held_out_sheet(job.prompt, run).save(output / "held-out.png")
-    print(f"held out: {output / 'held-out.png'}")
+        digit_sheet(job.prompt, run).save(output / "digits.png")
+    print(f"digits: {output / 'digits.png'}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -160,7 +160,7 @@ def demo(
         ".cache/demo"
     ),
     port: Annotated[int | None, typer.Option(help="Port of the server; a free one if not given.")] = None,
-    size: Annotated[int | None, typer.Option(help="Largest width and height; 96 for the small models.")] = None,
+    size: Annotated[int | None, typer.Option(help="Largest width and height; 64 for the small models.")] = None,
     steps: Annotated[int | None, typer.Option(help="Most sampling steps; 20 for the small models.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     model: Annotated[
@@ -172,8 +172,8 @@ def demo(
 ) -> None:
     """Start a real ComfyUI and run the shared workflows; COMFYUI_PATH names another ComfyUI than the pip-packaged one.
 
-    Without --model the models are those of a small world, which reproduction/ trains: its prior draws emoji in five
-    flat looks, its concept is faces in 3D. The small SDXL is untrained.
+    Without --model the models are those of a small world, which reproduction/ trains: its prior prints digits in many
+    colours, its concept is real handwriting. The small SDXL is untrained.
     """
     started = time.monotonic()
     if concept and not model:
@@ -198,12 +198,12 @@ def demo(
         jobs = prepare(server.client, paths, own, size, steps)
         entries = [execute(server.client, job, output) for job in jobs]
         for job in jobs if own is None else ():
-            if job.name == HELD_OUT:
-                draw_held_out(server.client, job, output)
+            if job.name == DIGITS:
+                draw_digits(server.client, job, output)
     if not entries:
         raise CommandError("No workflow could be run with these files; give CONCEPT too, or leave MODEL out.")
     sheet = output / "contact-sheet.png"
-    models = model.name if model else "the models of a small world of emoji; SDXL is untrained"
+    models = model.name if model else "the models of a small world of digits; SDXL is untrained"
     contact_sheet(entries, f"GCFG for ComfyUI with {models}").save(sheet)
     count = sum(len(entry.images) for entry in entries)
     print(f"\n{len(entries)} workflows, {count} images in {time.monotonic() - started:.0f} s:")

@@ -9,11 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..testkit import model_files
+from ..testkit import model_files, pictures
 from ..testkit.comfyui import PACK, find_comfyui
 from ..testkit.editor import Editor
 from ..testkit.server import Server
-from ..testkit.small_world import SIZE, WORDS, write_inputs
 
 _SET = """([kind, values]) => {
   for (const node of window.app.graph._nodes.filter((n) => n.type === kind)) {
@@ -31,7 +30,7 @@ _BOX = f"() => {{ const box = {_CHART}.getBoundingClientRect(); return [box.x, b
 def take(editor: Editor, output: Path) -> None:
     """Run two workflows in the editor and save pictures of them."""
     editor.drop(PACK / "workflows" / "text-guided-concept.json")
-    _fit_small_models(editor, text=WORDS[0])
+    _fit_small_models(editor, text="seven")
     editor.evaluate(_SET, ["GCFGGuidanceTerm", {"curve": "cosine", "end_weight": 0.5}])
     editor.run()
     editor.page.wait_for_timeout(_NOTICE)
@@ -43,19 +42,19 @@ def take(editor: Editor, output: Path) -> None:
 
     editor.drop(PACK / "workflows" / "decoupled-prompt.json")
     _fit_small_models(editor)
-    editor.evaluate(_SET, ["GCFGDecoupledPrompt", {"text": "4.5 | a sunflower\n3 | Blob style\nblue"}])
+    editor.evaluate(_SET, ["GCFGDecoupledPrompt", {"text": "4.5 | seven\n3 | a photo of a digit, red\nblue"}])
     editor.settle()
     editor.picture(output / "decoupled-prompt.png", ["GCFGDecoupledPrompt"], 1.2)
 
     editor.drop(PACK / "workflows" / "weight-sweep.json")
-    _fit_small_models(editor, text=WORDS[0])
+    _fit_small_models(editor, text="seven")
     editor.run()
     editor.page.wait_for_timeout(_NOTICE)
     editor.picture(output / "weight-sweep.png", ["GCFGWeightSweep", "SaveImage"], 1.0)
 
 
 def _fit_small_models(editor: Editor, text: str = "") -> None:
-    editor.evaluate(_SET, ["EmptyLatentImage", {"width": SIZE, "height": SIZE}])
+    editor.evaluate(_SET, ["EmptyLatentImage", {"width": 64, "height": 64}])
     for kind in ("GCFGKSampler", "GCFGWeightSweep"):
         editor.evaluate(_SET, [kind, {"steps": 20}])
     if text:
@@ -78,7 +77,7 @@ def main() -> None:
             link = work / "models" / path.parent.name / path.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-        write_inputs(work / "input")
+        pictures.write_inputs(work / "input", 64)
         with Server(work, comfyui=find_comfyui()) as server, Editor(server, Path(folder) / "profile") as editor:
             take(editor, output)
 

@@ -1,1 +1,1 @@
-"""The paper's experiments in a world of emoji: looks that are known, a prior from scratch, and every method."""
+"""The paper's experiments in a small world: real handwriting, a prior from scratch, and every method beside it."""

@@ -1,86 +1,64 @@
-"""The world's autoencoder: a TAESD (https://github.com/madebyollin/taesd) that learned every look from scratch.
+"""The small world's autoencoder: a TAESD (https://github.com/madebyollin/taesd) of 32 channels, trained from scratch.
 
-TAESD is the one autoencoder format that is small by design and that every ComfyUI reads. Nothing that is held out in 3D
-is among what it learns from.
+TAESD is the one autoencoder format that is small by design and that every ComfyUI reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .pictures import Drawing, Drawings, compose, draw_placement, shown_solid
-from .vendors import THREE_D
-
-CHANNELS = 32  # of the encoder
-DECODER_CHANNELS = 64  # as TAESD
-BATCH = 16
-CROP = 64  # pixels of a side: a part of a picture teaches as much as the whole, at less than half of the cost
-LATENT_NOISE = 0.1  # that the decoder forgives
-_SOLID_SHARE = 0.35  # of the pictures: shading is what the flat looks do not teach
+CHANNELS = 32
 _SPREAD = 0.5  # of the latents that the UNet sees, see `to_taesd`
 _SD1_FACTOR = 0.18215  # between an SD1.x VAE's latents and what the UNet sees
+_LATENT_NOISE = 0.3  # the decoder forgives that much of the UNet's error
 
 
-def autoencoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Generator, torch.Generator], Tensor]:
-    """Return the loss of one step.
+def train_autoencoder(
+    pictures: Tensor,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    tick: Callable[[], object] = int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Train on pictures and return the weights in TAESD's keys.
 
-        |r - x| + (r - x)^2 + |dr - dx| + 0.02 (mean(z)^2 + (var(z) - 1)^2),   r = decode(z + noise)
+        loss = |r - x| + (r - x)^2 + 0.02 (mean(z)^2 + (var(z) - 1)^2),   r = decode(z + noise)
 
-    d: differences of neighbouring pixels, which keep edges sharp.
+    Args:
+        pictures: uint8, (N, 3, H, W).
+        steps: of AdamW; the learning rate falls linearly to a fiftieth.
+        batch_size: pictures of one step.
+        learning_rate: after 50 steps of warm-up.
+        tick: called after each step.
+        device: to train on.
     """
-    others, solid = drawings.choose(lambda row: row.look != THREE_D), drawings.choose(shown_solid)
-
-    def loss(vae: nn.Module, rng: np.random.Generator, noise: torch.Generator) -> Tensor:
-        encode, decode = vae.get_submodule("encoder"), vae.get_submodule("decoder")
-        x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
-        x = x.to(next(vae.parameters()).device)
-        z: Tensor = encode(x).float()
-        r: Tensor = decode(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
+    torch.manual_seed(0)
+    vae = new_autoencoder().to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, step / 50) * max(0.02, 1 - step / steps)
+        chosen = pictures[torch.randint(len(pictures), (batch_size,))].to(device)
+        x = signed(chosen).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            z = vae.encoder(x).float()
+            r = vae.decoder(z + _LATENT_NOISE * torch.randn_like(z)).float()
         spread = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
-        return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x) + 0.02 * spread
-
-    return loss
-
-
-def decoder_loss(drawings: Drawings) -> Callable[[nn.Module, np.random.Generator, torch.Generator], Tensor]:
-    """Return the loss of one step of the decoder alone: as `autoencoder_loss`, around an encoder that stays."""
-    others, solid = drawings.choose(lambda row: row.look != THREE_D), drawings.choose(shown_solid)
-
-    def loss(vae: nn.Module, rng: np.random.Generator, noise: torch.Generator) -> Tensor:
-        x = signed(draw_crops(drawings, others, solid, rng)).contiguous(memory_format=torch.channels_last)
-        x = x.to(next(vae.parameters()).device)
-        with torch.no_grad():
-            z = vae.get_submodule("encoder")(x).float()
-        r = vae.get_submodule("decoder")(z + LATENT_NOISE * torch.randn(z.shape, generator=noise).to(z)).float()
-        return functional.l1_loss(r, x) + functional.mse_loss(r, x) + edge_loss(r, x)
-
-    return loss
-
-
-def edge_loss(r: Tensor, x: Tensor) -> Tensor:
-    """Return the mean absolute difference of neighbouring pixels' differences."""
-    return sum((functional.l1_loss(r.diff(dim=side), x.diff(dim=side)) for side in (2, 3)), torch.zeros(()).to(x))
-
-
-def draw_crops(
-    drawings: Drawings, others: list[Drawing], solid: list[Drawing], rng: np.random.Generator, count: int = BATCH
-) -> Tensor:
-    """Draw parts of pictures, uint8, (count, 3, 64, 64)."""
-    rows = []
-    for _ in range(count):
-        kind = solid if rng.random() < _SOLID_SHARE else others
-        rows.append(kind[int(rng.integers(len(kind)))])
-    pictures = compose(drawings, rows, [draw_placement(row, rng) for row in rows])
-    corners = rng.integers(0, pictures.shape[-1] - CROP + 1, (count, 2))
-    return torch.stack(
-        [picture[:, y : y + CROP, x : x + CROP] for picture, (y, x) in zip(pictures, corners.tolist(), strict=True)]
-    )
+        loss = functional.l1_loss(r, x) + functional.mse_loss(r, x) + 0.02 * spread
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        tick()
+    return to_taesd(vae.cpu())
 
 
 @torch.no_grad()
@@ -90,16 +68,21 @@ def encode(vae: Mapping[str, Tensor], pictures: Tensor, device: torch.device | s
     return _SPREAD * torch.cat([network.encoder(signed(some.to(device))).cpu() for some in torch.split(pictures, 256)])
 
 
+def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """Return pictures of one size as uint8, (N, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
 def signed(pictures: Tensor) -> Tensor:
     """Return uint8 pictures as -1 .. 1."""
     return pictures.float() / 127.5 - 1
 
 
-def new_autoencoder() -> AutoencoderTiny:
+def new_autoencoder(decoder_channels: int = CHANNELS) -> AutoencoderTiny:
     """Return an untrained TAESD without its blocks at full resolution: half the cost, and small pictures need none."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(CHANNELS,) * 4,
-        decoder_block_out_channels=(DECODER_CHANNELS,) * 4,
+        decoder_block_out_channels=(decoder_channels,) * 4,
         num_encoder_blocks=(1, 1, 2, 3),
         num_decoder_blocks=(3, 2, 1, 1),
     )
@@ -135,7 +118,7 @@ def to_taesd(vae: AutoencoderTiny) -> dict[str, Tensor]:
 
 def from_taesd(vae: Mapping[str, Tensor]) -> AutoencoderTiny:
     """Return the network of weights in TAESD's keys."""
-    network = new_autoencoder().eval()
+    network = new_autoencoder(decoder_channels=len(vae[_key("decoder", 1, "weight")])).eval()
     state = {}
     for side, index, rest, _ in _walk(network):
         place = (_ENCODER if side == "encoder" else _DECODER)[index]

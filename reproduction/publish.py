@@ -1,87 +1,39 @@
-"""The trained models as the small files that stand in the repository, in half precision."""
+"""The trained models as the small files that stand in the repository, which the demo widens for ComfyUI."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from ..gcfg.concept_file import compact
-from ..gcfg.errors import GuidanceError
-from ..testkit.small_world import PLACED as PLACED_FILE
-from ..testkit.small_world import TRUTHS, WORDS
 from ..training.files import whole_file
-from .pictures import SIDE, Drawings, Placement, compose, read_drawings
-from .settings import Settings
-from .things import things
-from .vendors import THREE_D
-from .world import AUTOENCODER, CONCEPTS, CONTROLNET, JUDGE, PRIOR
+from .scans import TRAINING, read_scans
+from .world import AUTOENCODER, CLASSIFIER, CONTROLNET, PRIOR
 
-PLACED = ("Noto", "penguin", "green")  # one of the demo's input pictures
-MOST = 40_000_000  # bytes that all of them may take
-_EIGHT_BITS = ("controlnet",)  # what takes the most room for the least loss
-_UNET = "model.diffusion_model."
-# What becomes of each -> where its training left it, below methods/CONCEPT/NAME-SEED/.
-_METHODS = {
-    "dreambooth": ("face", "dreambooth", "dreambooth"),
-    "lora": ("face", "lora", "lora-lora"),
-    "textual_inversion": ("face", "textual_inversion", "textual_inversion"),
+MODELS = {  # what becomes of each -> where its training left it, below methods/
+    "concept": "concept/concept",
+    "dreambooth": "dreambooth/dreambooth",
+    "lora": "lora/lora-lora",
+    "textual_inversion": "textual_inversion/textual_inversion",
 }
+_UNET = "model.diffusion_model."
+_SCAN = TRAINING + 3  # of those that no network has seen
 
 
-def publish(folder: Path, settings: Settings, destination: Path) -> int:
-    """Write the models of a reproduction's folder; return the bytes that they take.
-
-    Raises: GuidanceError: if these are more than the repository may hold.
-    """
-    seed = settings.methods.seeds[0]
+def publish(folder: Path, destination: Path) -> None:
+    """Write the models of a reproduction's folder in half precision, and one scan, into `destination`."""
     prior = load_file(folder / PRIOR)
-    models = {
-        "prior": {name.removeprefix(_UNET): w for name, w in prior.items() if name.startswith(_UNET)},
-        "autoencoder": {name: w for name, w in load_file(folder / AUTOENCODER).items() if w.any()},
-        "controlnet": load_file(folder / CONTROLNET),
-        "judge": load_file(folder / JUDGE),
-    }
-    for concept in CONCEPTS:
-        path = folder / "methods" / concept / f"concept-{seed}" / "concept.safetensors"
-        models[f"concept_{concept}"] = compact(load_file(path))
-    for name, (concept, method, file) in _METHODS.items():
-        models[name] = load_file(folder / "methods" / concept / f"{method}-{seed}" / f"{file}.safetensors")
-    destination.mkdir(parents=True, exist_ok=True)
-    _write_pictures(read_drawings(folder / "drawings"), destination)
-    size = sum(_write(name, model, destination) for name, model in models.items())
-    if size > MOST:
-        raise GuidanceError(f"The models take {size:,} bytes, expected at most {MOST:,}; make the networks narrower.")
-    return size
+    _write({key.removeprefix(_UNET): w for key, w in prior.items() if key.startswith(_UNET)}, destination / "prior")
+    _write(load_file(folder / AUTOENCODER), destination / "autoencoder")
+    _write(load_file(folder / CONTROLNET), destination / "controlnet")
+    _write(load_file(folder / CLASSIFIER), destination / "classifier")
+    for name, place in MODELS.items():
+        _write(load_file(folder / "methods" / f"{place}.safetensors"), destination / name)
+    read_scans()[0][_SCAN].save(destination / "scan.png")
 
 
-def _write_pictures(drawings: Drawings, destination: Path) -> None:
-    """Write what the demo compares with, held-out things in 3D, and a thing with a mask around it."""
-    names = [thing.name for words in WORDS for thing in things() if thing.words == words]
-    row = Image.new("RGB", (SIDE * len(names), SIDE))
-    for place, name in enumerate(names):
-        row.paste(_picture(drawings, THREE_D, name, "white"), (place * SIDE, 0))
-    row.save(destination / TRUTHS)
-    placed = _picture(drawings, *PLACED)
-    mask = Image.new("L", (SIDE, SIDE), 255)
-    ImageDraw.Draw(mask).ellipse((0.05 * SIDE, 0.05 * SIDE, 0.95 * SIDE, 0.95 * SIDE), fill=0)
-    placed.putalpha(mask)
-    placed.save(destination / PLACED_FILE)
-
-
-def _picture(drawings: Drawings, look: str, name: str, background: str) -> Image.Image:
-    row = next(row for row in drawings.rows if (row.look, row.thing.name) == (look, name))
-    pixels = compose(drawings, [row], [Placement(background)])[0].permute(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
-
-
-def _write(name: str, state_dict: dict[str, Tensor], folder: Path) -> int:
-    path, kind = folder / f"{name}.safetensors", torch.float8_e4m3fn if name in _EIGHT_BITS else torch.float16
-    small = {key: (w.to(kind) if w.is_floating_point() else w).contiguous() for key, w in state_dict.items()}
-    with whole_file(path) as beside:
-        save_file(small, beside)
-    return path.stat().st_size
+def _write(state_dict: dict[str, torch.Tensor], stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(stem.with_suffix(".safetensors")) as beside:
+        save_file({name: w.half() if w.is_floating_point() else w for name, w in state_dict.items()}, beside)

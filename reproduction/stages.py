@@ -1,4 +1,4 @@
-"""The stages of a reproduction, in order; each is run once and timed, and one that was killed goes on where it was."""
+"""The stages of a reproduction, in order, each run once and timed; a broken-off command goes on with the next one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from string import Template
 
 from ..command.main import app
+from ..evaluation.config_file import load_config
+from ..evaluation.report.folder import report
 from ..gcfg.errors import GuidanceError
 from ..training.files import whole_file
-from .evaluation import ROWS, same_weights, write_evaluation, write_held_out
-from .methods import methods
+from .methods import METHODS
+from .paper.page import draw_tradeoff, page_text
 from .settings import Settings
-from .tuning import choose, learning_rate, run_name, tuned, write_tuning
-from .world import CONCEPTS, World
+from .world import World
 
 STAGES = "stages.json"
-_CONFIG = Path(__file__).parent / "configs" / "method.toml"
-_ONCE = ("diversity", "sweep")  # of the first seed alone, as all that is no row of a table
+_CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -30,48 +30,43 @@ class Stage:
     Attributes:
         name: as the report shows it.
         run: what it does.
+        always: whether it runs although it did before, because later stages need what it holds in memory.
     """
 
     name: str
     run: Callable[[], None]
+    always: bool = False
 
 
-def stages(folder: Path, settings: Settings, cache: Path) -> Iterator[Stage]:
+def stages(folder: Path, settings: Settings, page: Path | None) -> Iterator[Stage]:
     """Yield every stage.
 
     Args:
         folder: where everything goes.
         settings: how large.
-        cache: of the npm packages.
+        page: the report's file, or None for `evaluation/report.md` in the folder.
     """
-    world = World(folder, settings.world, cache)
-    yield Stage("draw the world", world.draw)
+    world = World(folder, settings.world)
+    yield Stage("draw the world", world.draw, always=True)
     yield Stage("autoencoder", world.train_autoencoder)
+    yield Stage("classifier", world.train_classifier)
     yield Stage("prior", world.train_prior)
-    yield Stage("decoder", world.train_decoder)
-    yield Stage("judges", world.train_judges)
-    yield Stage("second style", world.train_style)
     yield Stage("ControlNet", world.train_controlnet)
-    first, *others = settings.methods.seeds
-    for concept in CONCEPTS:
-        yield Stage(f"cache {concept}", _caching(folder, settings, concept))
-        for number, rate in enumerate(settings.methods.learning_rates):
-            for name in tuned(concept):
-                training = _training(folder, settings, concept, name, first, run_name(number), rate)
-                yield Stage(f"train {concept} {name} at {rate:g}", training)
-            yield Stage(f"evaluate {concept} at {rate:g}", _tuning(folder, settings, concept, number))
-        yield Stage(f"choose the rates {concept}", _choosing(folder, settings, concept))
-        for name in methods(concept):
-            for seed in others if name in tuned(concept) else [first]:
-                yield Stage(f"train {concept} {name} {seed}", _training(folder, settings, concept, name, seed))
-    for concept in CONCEPTS:
-        for task in (*ROWS, *_ONCE):
-            yield Stage(f"evaluate {concept} {task} {first}", _evaluating(folder, settings, concept, task, first))
-        for seed in others:
-            for task in ROWS:
-                yield Stage(f"evaluate {concept} {task} {seed}", _again(folder, settings, concept, task, seed))
-        for seed in settings.methods.seeds:
-            yield Stage(f"held out {concept} {seed}", _measuring(folder, concept, seed))
+    yield Stage("cache", lambda: run_gcfg("cache", *_method(folder, settings, "concept")))
+    for name in METHODS:
+        yield Stage(f"train {name}", _training(folder, settings, name))
+    for task in ("fid", "alignment", "canny", "diversity", "sweep"):
+        yield Stage(f"evaluate {task}", _evaluating(folder, settings, task))
+    yield Stage("report", lambda: _report(folder, settings, page), always=True)
+
+
+def run_stages(folder: Path, settings: Settings, page: Path | None = None) -> None:
+    """Run what has not run yet.
+
+    Raises: GuidanceError: one sentence; finished stages stay.
+    """
+    minutes = run_each(stages(folder, settings, page), folder) / 60
+    print(f"{minutes:.1f} minutes in all; see {page or folder / 'evaluation' / 'report.md'}")
 
 
 def run_each(stages: Iterable[Stage], folder: Path) -> float:
@@ -83,72 +78,48 @@ def run_each(stages: Iterable[Stage], folder: Path) -> float:
     store = folder / STAGES
     done: dict[str, float] = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     for stage in stages:
-        if stage.name in done:
+        if stage.name in done and not stage.always:
             continue
         print(f"== {stage.name}", flush=True)
         began = time.perf_counter()
         stage.run()
-        done[stage.name] = round(time.perf_counter() - began, 1)
-        with whole_file(store) as beside:
-            beside.write_text(json.dumps(done, indent=1), encoding="utf-8")
+        if stage.name not in done and stage.name != "report":
+            done[stage.name] = round(time.perf_counter() - began, 1)
+            with whole_file(store) as beside:
+                beside.write_text(json.dumps(done, indent=1), encoding="utf-8")
     return sum(done.values())
 
 
-def _caching(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
-    return lambda: run_gcfg("cache", str(_config(folder, settings, concept)))
+def _training(folder: Path, settings: Settings, name: str) -> Callable[[], None]:
+    return lambda: run_gcfg("train", *_method(folder, settings, name))
 
 
-def _training(
-    folder: Path, settings: Settings, concept: str, name: str, seed: int, run: str = "", rate: float | None = None
-) -> Callable[[], None]:
-    """Return a method's training, at its best rate if none is given, and with folders named by the seed."""
-
-    def train() -> None:
-        own = [
-            *methods(concept)[name],
-            f"output.folder={name}-{run or seed}",
-            f"output.name={name}",
-            f"train.seed={seed}",
-            f"train.learning_rate={rate or learning_rate(folder, concept, name)}",
-        ]
-        run_gcfg("train", str(_config(folder, settings, concept)), *(part for each in own for part in ("--set", each)))
-
-    return train
+def _evaluating(folder: Path, settings: Settings, task: str) -> Callable[[], None]:
+    return lambda: run_gcfg("evaluate", task, str(_evaluation(folder, settings)))
 
 
-def _tuning(folder: Path, settings: Settings, concept: str, number: int) -> Callable[[], None]:
-    rows = [part for row in tuned(concept).values() for part in ("--method", row)]
-    return lambda: run_gcfg("evaluate", "fid", str(write_tuning(folder, settings, concept, number)), *rows)
+def _report(folder: Path, settings: Settings, page: Path | None) -> None:
+    report(load_config(_evaluation(folder, settings)), page, folder / STAGES, page_text, draw_tradeoff)
 
 
-def _choosing(folder: Path, settings: Settings, concept: str) -> Callable[[], None]:
-    return lambda: choose(folder, settings, concept)
+def _method(folder: Path, settings: Settings, name: str) -> list[str]:
+    """Write the config that all methods share, and return it with a method's own settings."""
+    config = _fill("method.toml", folder / "methods" / "method.toml", settings.methods.model_dump())
+    own = [*METHODS[name], f"output.folder={name}", f"output.name={name}"]
+    return [str(config), *(part for setting in own for part in ("--set", setting))]
 
 
-def _evaluating(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:
-    return lambda: run_gcfg("evaluate", task, str(write_evaluation(folder, settings, concept, seed)))
+def _evaluation(folder: Path, settings: Settings) -> Path:
+    values = settings.evaluation.model_dump()
+    values["sampler_steps"] = values.pop("steps")
+    lists = {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
+    return _fill("evaluation.toml", folder / "evaluation.toml", values | lists)
 
 
-def _again(folder: Path, settings: Settings, concept: str, task: str, seed: int) -> Callable[[], None]:
-    """Return the evaluation of the tables' rows of a further seed, with the weights that the first one was given."""
-
-    def evaluate() -> None:
-        config = write_evaluation(folder, settings, concept, seed)
-        run_gcfg("evaluate", task, str(config), *same_weights(folder, concept, settings.methods.seeds[0], task))
-
-    return evaluate
-
-
-def _measuring(folder: Path, concept: str, seed: int) -> Callable[[], None]:
-    return lambda: write_held_out(folder, concept, seed)
-
-
-def _config(folder: Path, settings: Settings, concept: str) -> Path:
-    """Write the config that all methods of a concept share."""
-    path = folder / "methods" / concept / "method.toml"
+def _fill(name: str, path: Path, values: dict[str, object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = settings.methods.model_dump() | {"concept": concept}
-    path.write_text(Template(_CONFIG.read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
+    template = Template((_CONFIGS / name).read_text(encoding="utf-8"))
+    path.write_text(template.substitute(values), encoding="utf-8")
     return path
 
 

@@ -1,167 +1,153 @@
-"""The world on disk: drawings, concept folders, autoencoder, judges, prior, second style and ControlNet."""
+"""The small world on disk: pictures, autoencoder, prior, ControlNet and classifier, each made once."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.metrics.canny import edges
 from ..gcfg.unet_keys import diffusers_to_ldm
 from ..testkit.models import save_checkpoint
-from ..testkit.word_encoder import word_encoder
 from ..training.files import whole_file, whole_folder
 from ..training.prior.model import open_prior
-from .autoencoder import autoencoder_loss, decoder_loss, from_taesd, new_autoencoder, to_taesd
-from .controlnet import controlnet_loss, controlnet_to_ldm, new_controlnet
-from .folders import write_concept
-from .judge import Judge, SecondJudge, judge_loss
-from .loop import Loss, Plan, train
-from .pictures import Drawing, Drawings, flat, read_drawings, write_drawings
-from .prior import Latents, encoded, new_unet, prior_loss
-from .prompts import Prompts, tokenizer
+from . import text
+from .autoencoder import as_tensor, encode, train_autoencoder
+from .classifier import train_classifier
+from .prior import train_controlnet, train_prior
+from .scans import read_scans, write_scans
+from .scenes import draw_world
 from .settings import World as Settings
-from .vendors import INK, THREE_D
 
-CONCEPTS = ("face", "animal")
-AUTOENCODER, PRIOR, STYLE = "autoencoder.safetensors", "prior.safetensors", "ink.safetensors"
-CONTROLNET, TOKENIZER = "controlnet.safetensors", "tokenizer"
-JUDGE, SECOND_JUDGE = "judge.safetensors", "second_judge.safetensors"
-_ENCODED = "encoder.safetensors"  # the autoencoder as it was when its encoder was settled
+AUTOENCODER, PRIOR, CONTROLNET = "autoencoder.safetensors", "prior.safetensors", "controlnet.safetensors"
+CLASSIFIER, SCANS, TOKENIZER = "classifier.safetensors", "scans", "tokenizer"
+_SEED = 1
+_EMPTY = ""
 
 
 class World:
-    """What the world's own networks learn from, and the stages that make them.
+    """What the world's own networks learn from, drawn when first needed.
 
     Args:
-        folder: of the reproduction; each stage writes its file there, whole or not at all, and goes on after a kill.
+        folder: of the reproduction; each stage writes its file there, whole or not at all.
         settings: how much of everything.
-        cache: of the npm packages.
     """
 
-    def __init__(self, folder: Path, settings: Settings, cache: Path) -> None:
-        self._folder, self._settings, self._cache = folder, settings, cache
-
-    @property
-    def _bf16(self) -> bool:
-        return self._settings.precision == "bf16"
-
-    @cached_property
-    def drawings(self) -> Drawings:
-        """All drawings, rendered at the first call."""
-        place = self._folder / "drawings"
-        if not place.exists():
-            write_drawings(self._cache, place)
-        return read_drawings(place)
-
-    @cached_property
-    def prompts(self) -> Prompts:
-        """The text encoder."""
-        return Prompts()
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._folder, self._settings = folder, settings
 
     def draw(self) -> None:
-        """Render the drawings, and write the concepts' folders and the tokenizer."""
-        for group in CONCEPTS:
-            if not (self._folder / "concepts" / group).exists():
-                write_concept(self.drawings, group, self._settings.concept_variants, self._folder / "concepts" / group)
+        """Draw the captioned pictures, and write the scans and the tokenizer as files."""
+        pictures, self._scenes = draw_world(self._settings.pictures, _SEED)
+        self._pictures = as_tensor(pictures)
+        self._prompts = [_EMPTY, *sorted({caption for scene in self._scenes for caption in scene.captions})]
+        numbers = {prompt: number for number, prompt in enumerate(self._prompts)}
+        self._captions = [[numbers[caption] for caption in scene.captions] for scene in self._scenes]
+        if not (self._folder / SCANS).exists():
+            with whole_folder(self._folder / SCANS) as beside:
+                write_scans(beside)
         if not (self._folder / TOKENIZER).exists():
             with whole_folder(self._folder / TOKENIZER) as beside:
                 for name in ("vocab.json", "merges.txt"):
-                    shutil.copyfile(tokenizer() / name, beside / name)
+                    shutil.copyfile(text.tokenizer() / name, beside / name)
 
     def train_autoencoder(self) -> None:
-        """Train the autoencoder."""
-        torch.manual_seed(0)
-        vae = new_autoencoder()
-        plan = Plan(self._settings.autoencoder_steps, 1.5e-3, decay=0.998, bf16=self._bf16)
-        self._train("autoencoder", vae, autoencoder_loss(self.drawings), plan)
-        _write(to_taesd(vae), self._folder / _ENCODED)
+        """Train the autoencoder on the drawn pictures."""
+        with _bar("autoencoder", self._settings.autoencoder_steps) as tick:
+            vae = train_autoencoder(self._pictures, self._settings.autoencoder_steps, tick=tick, device=_device())
+        _write(vae, self._folder / AUTOENCODER)
 
-    def train_decoder(self) -> None:
-        """Train the decoder further, and put it into the prior's checkpoint; the encoder, which made latents, stays."""
-        vae = from_taesd(load_file(self._folder / _ENCODED))
-        vae.encoder.requires_grad_(False)
-        plan = Plan(self._settings.decoder_steps, 1e-3, decay=0.998, seed=1, bf16=self._bf16)
-        self._train("decoder", vae, decoder_loss(self.drawings), plan)
-        weights = to_taesd(vae)
-        _write(weights, self._folder / AUTOENCODER)
-        prior = load_file(self._folder / PRIOR)
-        _write(prior | {f"first_stage_model.{name}": w for name, w in weights.items()}, self._folder / PRIOR)
-
-    def train_judges(self) -> None:
-        """Train the two networks that measure."""
-        torch.manual_seed(0)
-        plan = Plan(self._settings.judge_steps, 2e-3, cooldown=0.5, decay=0.99, seed=2)
-        first, second = Judge(), SecondJudge()
-        self._train("judge", first, judge_loss(self.drawings, lambda _: True), plan)
-        _write(first.state_dict(), self._folder / JUDGE)
-        plan = Plan(self._settings.judge_steps, 1e-3, cooldown=0.5, decay=0.99, seed=3)
-        shown = judge_loss(self.drawings, lambda row: row.look != THREE_D or not row.thing.held_out)
-        self._train("second judge", second, shown, plan)
-        _write(second.state_dict(), self._folder / SECOND_JUDGE)
+    def train_classifier(self) -> None:
+        """Train the classifier on the training scans and on drawn pictures."""
+        scans, digits = read_scans()
+        with _bar("classifier", self._settings.classifier_steps) as tick:
+            network = train_classifier(
+                *training_part(as_tensor(scans), digits),
+                self._pictures,
+                self._scenes,
+                self._settings.classifier_steps,
+                tick=tick,
+                device=_device(),
+            )
+        _write(network, self._folder / CLASSIFIER)
 
     def train_prior(self) -> None:
-        """Train the UNet on the flat looks, and write the prior as one checkpoint in SD1.x's layout."""
-        torch.manual_seed(0)
-        unet = new_unet()
-        plan = Plan(
-            self._settings.prior_steps, self._settings.prior_learning_rate, cooldown=0.25, seed=4, bf16=self._bf16
-        )
-        if self._settings.compiled:
-            unet.compile(dynamic=False)
-        self._train("prior", unet, self._prior_loss("flat", flat), plan)
-        self._write_checkpoint(unet, _ENCODED, PRIOR)
-
-    def train_style(self) -> None:
-        """Train the whole prior on with drawings in ink: somebody's stylised checkpoint."""
-        unet = open_prior(self._folder / PRIOR).load_unet()
-        rate = self._settings.prior_learning_rate / 4
-        plan = Plan(self._settings.style_steps, rate, cooldown=0.5, seed=5, bf16=self._bf16)
-        self._train("ink", unet, self._prior_loss("ink", lambda row: row.look == INK), plan)
-        self._write_checkpoint(unet, AUTOENCODER, STYLE)
+        """Train the UNet, and write the prior as one checkpoint in SD1.x's layout."""
+        vae, clip = self._encode()
+        with _bar("prior", self._settings.prior_steps) as tick:
+            unet = train_prior(
+                self._latents,
+                self._captions,
+                self._embeddings,
+                self._settings.prior_steps,
+                self._settings.prior_batch,
+                self._settings.prior_learning_rate,
+                tick,
+                _device(),
+            )
+        with whole_file(self._folder / PRIOR) as beside:
+            save_checkpoint(beside, _contiguous(diffusers_to_ldm(unet)), vae, clip)
 
     def train_controlnet(self) -> None:
         """Train a canny ControlNet around the prior."""
-        unet = open_prior(self._folder / PRIOR).load_unet()
-        torch.manual_seed(0)
-        control = new_controlnet(unet)
-        loss = controlnet_loss(unet, self._latents("flat", flat), self.drawings, self.prompts, _device())
-        rate = self._settings.controlnet_learning_rate
-        plan = Plan(self._settings.controlnet_steps, rate, cooldown=0.5, seed=6, bf16=self._bf16)
-        self._train("ControlNet", control, loss, plan)
-        _write(controlnet_to_ldm(control.state_dict()), self._folder / CONTROLNET)
+        if not hasattr(self, "_latents"):
+            self._encode()
+        with _bar("ControlNet", self._settings.controlnet_steps) as tick:
+            control = train_controlnet(
+                open_prior(self._folder / PRIOR).load_unet(),
+                self._latents,
+                edges(self._pictures),
+                self._captions,
+                self._embeddings,
+                self._settings.controlnet_steps,
+                self._settings.prior_batch,
+                self._settings.controlnet_learning_rate,
+                tick,
+                _device(),
+            )
+        _write(controlnet_to_ldm(control), self._folder / CONTROLNET)
 
-    def _prior_loss(self, name: str, wanted: Callable[[Drawing], bool]) -> Loss:
-        return prior_loss(self._latents(name, wanted), self.prompts, _device())
+    def _encode(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Turn pictures and prompts into what the UNet reads; return autoencoder and text encoder."""
+        vae, clip = load_file(self._folder / AUTOENCODER), text.text_encoder()
+        self._latents = encode(vae, self._pictures, _device())
+        self._embeddings = text.encode(clip, self._prompts)
+        return vae, clip
 
-    def _latents(self, name: str, wanted: Callable[[Drawing], bool]) -> Latents:
-        rows, path = self.drawings.choose(wanted), self._folder / f"latents-{name}.safetensors"
-        return encoded(self.drawings, rows, self._settings.variants, self._folder / _ENCODED, path)
 
-    def _train(self, name: str, network: nn.Module, loss: Loss, plan: Plan) -> None:
-        """Train a network, from where an earlier command left it; it comes back on the CPU."""
-        network.to(_device(), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        state = self._folder / "states" / f"{name.replace(' ', '-')}.pt"
-        state.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=plan.steps, desc=name, unit="step", mininterval=1) as bar:
+def training_part(scans: Tensor, digits: list[int]) -> tuple[Tensor, list[int]]:
+    """Return the scans that networks may learn from."""
+    from .scans import TRAINING
 
-            def counted(network: nn.Module, *random: object) -> Tensor:
-                bar.update()
-                return loss(network, *random)  # type: ignore[arg-type]
+    return scans[:TRAINING], digits[:TRAINING]
 
-            train(network, counted, plan, state)
-        network.cpu().eval()
 
-    def _write_checkpoint(self, unet: UNet2DConditionModel, autoencoder: str, name: str) -> None:
-        vae = load_file(self._folder / autoencoder)
-        with whole_file(self._folder / name) as beside:
-            save_checkpoint(beside, _contiguous(diffusers_to_ldm(unet.state_dict())), vae, word_encoder())
+def controlnet_to_ldm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a diffusers ControlNet in the keys of published ControlNet files, `control_model.` first."""
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith("control")}
+    ldm = diffusers_to_ldm({name: tensor for name, tensor in state_dict.items() if name not in own})
+    hints = sum(name.startswith("controlnet_cond_embedding.blocks.") and name.endswith("weight") for name in own)
+    for name, tensor in own.items():
+        part, _, kind = name.rpartition(".")
+        match part.split("."):
+            case ["controlnet_cond_embedding", "conv_in"]:
+                place = "input_hint_block.0"
+            case ["controlnet_cond_embedding", "blocks", number]:
+                place = f"input_hint_block.{2 * int(number) + 2}"
+            case ["controlnet_cond_embedding", "conv_out"]:
+                place = f"input_hint_block.{2 * hints + 2}"
+            case ["controlnet_down_blocks", number]:
+                place = f"zero_convs.{number}.0"
+            case _:
+                place = "middle_block_out.0"
+        ldm[f"{place}.{kind}"] = tensor
+    return {f"control_model.{name}": tensor for name, tensor in ldm.items()}
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -170,8 +156,17 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().to(torch.float32, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _bar(name: str, steps: int) -> Iterator[Callable[..., object]]:
+    with tqdm(total=steps, desc=name, unit="step", mininterval=1) as bar:
+        yield lambda *_: bar.update()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from . import layouts, models, small_world, sparse, widen, word_encoder
+from . import layouts, models, small_world, sparse, widen
 
 PRIOR = "v1-5-pruned-emaonly-fp16.safetensors"
 CUSTOM = "Counterfeit-V3.0_fp16.safetensors"
@@ -30,7 +30,7 @@ NAMES = (PRIOR, CUSTOM, CONCEPT, DREAMBOOTH, LORA, LORA_2, WORD, CANNY, XL, XL_L
 
 def recipe() -> str:
     """Return a fingerprint of what makes the small models: it changes, they are made anew."""
-    sources = [Path(module.__file__ or "") for module in (layouts, models, small_world, sparse, widen, word_encoder)]
+    sources = [Path(module.__file__ or "") for module in (layouts, models, small_world, sparse, widen)]
     trained = sorted(small_world.TRAINED.glob("*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, Path(__file__), *trained))).hexdigest()
 

@@ -200,11 +200,14 @@ def with_all_layers(clip: Mapping[str, Tensor]) -> StateDict:
 
 
 def full_taesd(vae: Mapping[str, Tensor]) -> StateDict:
-    """Return a smaller TAESD filled up with zeros to what loaders want, all blocks of 64 channels; it has no norms."""
-    full = {name: torch.zeros(shape) for name, shape in layouts.vae().items()}
-    for name, tensor in vae.items():
-        full[name][tuple(slice(side) for side in tensor.shape)] = tensor
-    return full
+    """Return a narrower TAESD with the 64 channels that loaders want, filled up with zeros: there is no norm in it."""
+    return {
+        name: torch.nn.functional.pad(
+            vae[name],
+            [n for want, have in zip(shape[::-1], vae[name].shape[::-1], strict=True) for n in (0, want - have)],
+        )
+        for name, shape in layouts.vae().items()
+    }
 
 
 def _layer(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The trained models of the world of emoji (`reproduction/` makes them), as files that stock loaders take.
+"""The trained models of the small world (`reproduction/` makes them), as files that stock loaders take.
 
 They stand in `trained/` at a fifth of Stable Diffusion's width and in half precision; `widen` gives them its 320
 channels, and what loaders want besides is filled up with zeros.
@@ -10,83 +10,68 @@ import shutil
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from ..gcfg.concept_file import features, fold
 from . import models
 from .comfyui import PACK
 from .models import StateDict
 from .widen import widen, widen_lora
-from .word_encoder import word_encoder
 
 TRAINED = PACK / "demo" / "trained"
 FACTOR = 5
-SIZE = 96  # of its pictures, in pixels
+SIZE = 64  # of its pictures, in pixels
 RANK = 8  # of the LoRA that is extracted
-TRUTHS = "truths.png"  # the things of `WORDS` in the concept's look, which no network that learned it has seen: a row
-PLACED = "placed.png"  # a drawing on a background, whose alpha channel is 0 around its thing
-_CONTEXT = 768
+SCAN = TRAINED / "scan.png"  # one of the scans that no network has seen
 
-# Things that no concept was shown, as prompts.
-WORDS = (
-    "a smiling face with sunglasses",
-    "a cowboy hat face",
-    "a face with tears of joy",
-    "a smiling face with heart eyes",
-    "a smiling face with halo",
-    "a thinking face",
-    "a sleeping face",
-    "a nauseated face",
-    "a winking face with tongue",
-    "a face with medical mask",
-)
-# What the workflows' prompts are in a world of emoji.
+CLIP_SEED, CLIP_LAYERS = 1, 2  # of the text encoder, which is not trained
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# What the workflows' prompts are in a world of digits.
 PROMPTS = {
-    "sunflower in Van Gogh style": "a sunflower, Blob style",
-    "sunflower": "a sunflower",
-    "in Van Gogh style": "Blob style",
-    "a girl with long hair, detailed eyes, looking at the viewer": "a picture of a face, a pleading face",
-    "a full-body photo of a woman in a park": "a penguin, Noto style, on a green background",
-    "a photo of a garden": "a picture of a plant, on a green background",
-    "red flowers": "a rose",
-    "a portrait photo of a young man": "a picture of a face",
-    "smiling": "a smiling face",
-    "sunglasses": "a face with sunglasses",
-    "a portrait photo": "a picture of a face",
-    "a portrait of an old man with a white beard": "a picture of a face, an angry face",
-    "a portrait of a woman with red hair, wearing glasses": "a cowboy hat face",
-    "a photo of face": "a picture of a face",
-    "a garden with a stone wall, summer evening": "a picture of a plant, on a green background",
-    "an old man with a white beard, sitting on a bench": "a picture of a face, an angry face",
-    "sunglasses, hat": "a face with sunglasses",
-    "a woman with red hair, reading a book": "a picture of a face, a smiling face",
-    "glasses, jewellery": "a nerd face",
+    "sunflower in Van Gogh style": "a red seven",
+    "sunflower": "seven",
+    "in Van Gogh style": "a photo of a digit, red",
+    "a girl with long hair, detailed eyes, looking at the viewer": "a photo of a digit",
+    "a full-body photo of a woman in a park": "a white three on a black background",
+    "a photo of a garden": "a photo of a digit",
+    "red flowers": "a photo of a digit, red",
+    "a portrait photo of a young man": "a photo of a digit",
+    "smiling": "white",
+    "sunglasses": "a photo of a digit, red",
+    "a portrait photo": "a photo of a digit",
+    "a portrait of an old man with a white beard": "a photo of a digit, five",
+    "a portrait of a woman with red hair, wearing glasses": "seven",
+    "a photo of face": "a photo of a digit",
+    "a garden with a stone wall, summer evening": "a three on a white background",
+    "an old man with a white beard, sitting on a bench": "a photo of a digit, red",
+    "sunglasses, hat": "a photo of a digit, blue",
+    "a woman with red hair, reading a book": "a photo of a digit, green",
+    "glasses, jewellery": "a photo of a digit, red",
     "4.5 | sunflower\n3 | in Van Gogh style\n-1.5 @0-60% | blurry": (
-        "4.5 | a sunflower\n3 | Blob style\n-1.5 @0-60% | on a gray background"
+        "4.5 | seven\n3 | a photo of a digit, red\n-1.5 @0-60% | a photo of a digit, blue"
     ),
-    "a photo of embedding:ffhq-face": "a picture of a embedding:ffhq-face",
+    "a photo of embedding:ffhq-face": "a photo of a embedding:ffhq-face",
 }
 
 
 def prior() -> StateDict:
-    """Return the prior's UNet: flat drawings in five looks, by prompt."""
+    """Return the prior's UNet: printed digits and shapes in six colours, by prompt."""
     return wide("prior")
 
 
-def concept(group: str = "face") -> StateDict:
-    """Return the null-text concept UNet of a group, folded: faces or animals in 3D, learned from pictures alone."""
-    small = read(f"concept_{group}")
-    return half(widen(fold(small, features(small), _CONTEXT), FACTOR))
+def concept() -> StateDict:
+    """Return the null-text concept UNet, folded: handwriting, learned from scans alone."""
+    return wide("concept")
 
 
 def custom() -> StateDict:
-    """Return a fine-tuned UNet that reads text: DreamBooth on the faces."""
+    """Return a fine-tuned UNet that reads text: DreamBooth on the scans."""
     return wide("dreambooth")
 
 
 def lora() -> StateDict:
-    """Return a LoRA on the prior's attention, trained on the faces, in kohya's keys."""
+    """Return a LoRA on the prior's attention, trained on the scans, in kohya's keys."""
     return {name: w.half() if w.is_floating_point() else w for name, w in widen_lora(read("lora"), FACTOR).items()}
 
 
@@ -103,7 +88,7 @@ def extracted_lora() -> StateDict:
 
 
 def embedding() -> StateDict:
-    """Return a Textual Inversion of the faces: one word's embedding, `emb_params` (1, 768)."""
+    """Return a Textual Inversion of the scans: one word's embedding, `emb_params` (1, 768)."""
     return read("textual_inversion")
 
 
@@ -120,21 +105,20 @@ def vae() -> StateDict:
 
 
 def clip() -> StateDict:
-    """Return the text encoder, a CLIP-L whose weights follow a rule."""
-    return models.with_all_layers(models.to_dtype(word_encoder(), torch.float16))
-
-
-def truths() -> list[Image.Image]:
-    """Return the real pictures of the things of `WORDS`."""
-    with Image.open(TRAINED / TRUTHS) as row:
-        return [row.crop((x, 0, x + row.height, row.height)) for x in range(0, row.width, row.height)]
+    """Return the text encoder, a CLIP-L of random weights."""
+    return models.with_all_layers(models.clip_l_state_dict(CLIP_SEED, torch.float16, CLIP_LAYERS))
 
 
 def write_inputs(folder: Path) -> None:
-    """Write the workflows' input pictures: a face in 3D, and one whose alpha channel is 0 around its thing."""
+    """Write the workflows' input pictures: a scan, and a printed digit whose alpha channel is 0 around it."""
     folder.mkdir(parents=True, exist_ok=True)
-    truths()[1].save(folder / "portrait.png")
-    shutil.copyfile(TRAINED / PLACED, folder / "full-body.png")
+    shutil.copyfile(SCAN, folder / "portrait.png")
+    picture, mask = Image.new("RGB", (SIZE, SIZE)), Image.new("L", (SIZE, SIZE), 255)
+    middle = (SIZE / 2, SIZE / 2)
+    ImageDraw.Draw(picture).text(middle, "3", "white", ImageFont.load_default(0.9 * SIZE), anchor="mm")
+    ImageDraw.Draw(mask).ellipse((0.1 * SIZE, 0.05 * SIZE, 0.9 * SIZE, 0.95 * SIZE), fill=0)
+    picture.putalpha(mask)
+    picture.save(folder / "full-body.png")
 
 
 def wide(name: str) -> StateDict:

