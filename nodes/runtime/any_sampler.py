@@ -93,7 +93,8 @@ class _Terms:
             guider = self._guider(stock)
         else:
             model, negative = _without_terms(stock.model_patcher), _negative(stock)
-            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, spreads=False)
+            positive = _conditioning(stock.original_conds.get(FIRST, []))  # under another name it spreads to nothing
+            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, positive=positive)
             versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
@@ -114,9 +115,10 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, spreads=False)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, positive=conds[FIRST])
         own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0, spreads=False)
+        terms = (own, *self.terms)
+        return GCFGGuider(model, conds[BASE], terms, _WORDS, self.watch, cfg_of=0, positive=conds[FIRST])
 
 
 class _Within(comfy.samplers.Sampler):

@@ -43,8 +43,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         watch: who looks at its runs.
         cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
             all that is summed.
-        spreads: whether the boxes and the ControlNet of a term's conditioning are the others' too where stock guidance
-            spreads those of its positive; else only those of a sampler's own positive are.
+        positive: a sampler's own positive conditioning, whose boxes and ControlNet are the terms' too, as stock
+            guidance spreads them; None where the first term that has any is that positive.
 
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
@@ -62,7 +62,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         words: Words | str,
         watch: Watch | None = None,
         cfg_of: int | None = None,
-        spreads: bool = True,
+        positive: Any = None,
     ) -> None:
         super().__init__(model_patcher)
         self.words = words = Words(words) if isinstance(words, str) else words
@@ -82,17 +82,20 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         two = None
         if cfg_of is None or not versions.has_wrappers(PREDICT, model_patcher):  # which may set one weight of the two
             two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
+        self.has_positive = positive is not None
+        if self.has_positive and two is not None and two[0] != cfg_of:
+            two = None  # that name is the sampler's own positive's
         of_stock = cfg_of if two is None else two[0]
         if of_stock is not None:
             self.cfg = Weight(terms[of_stock].weight)
-        first = spreading(self.groups[0], unconditional, self.sources) if spreads else cfg_of
+        first = cfg_of if self.has_positive else spreading(self.groups[0], unconditional, self.sources)
         self.keys = keyed(self.groups, unconditional, self.sources, two, first)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own: dict[str, Any] = {}
         for place in self.groups[0].places:
             own.setdefault(self.keys[place], self._conditioning(place))
-        self.inner_set_conds({FIRST: unconditional, BASE: unconditional, **own})
+        self.inner_set_conds({FIRST: positive if self.has_positive else unconditional, BASE: unconditional, **own})
         self.every_cond: dict[str, list[dict]] = self.original_conds
 
     def set_conds(self, positive: Any, negative: Any) -> None:
@@ -247,7 +250,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             used.add(self.cfg_of)
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
-        self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
+        self.original_conds = {key: self.every_cond[key if key in own or self.has_positive else BASE] for key in names}
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
         if not self.quiet:
             checks.warn_caches(lanes)
