@@ -127,7 +127,7 @@ class Run:
         override = None if isinstance(cfg, Weight) else cfg
         given = {} if override is None or self.cfg_of is None else {self.cfg_of: override}
         steady = self.plan.steady
-        acting = steady if steady is not None and not (self.ranged or given) else self._acting(float(sigma[0]), given)
+        acting = steady if steady is not None and not (self.ranged or given) else self.acting(float(sigma[0]), given)
         two = None
         if override is not None and not given:
             acting, two = self._overridden(acting, override)
@@ -174,14 +174,14 @@ class Run:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, sigma: float, given: Mapping[int, float]) -> Terms:
+    def acting(self, sigma: float, given: Mapping[int, float] | None = None) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
 
         Args:
             sigma: the noise level.
-            given: weights that something else set, by the place of the term.
+            given: weights that something else set, by the place of the term; None for none.
         """
 
         def takes_part(key: str) -> bool:

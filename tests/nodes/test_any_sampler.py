@@ -195,6 +195,55 @@ def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior
     assert checks.relative(custom(dual), expected) < 2e-5
 
 
+@pytest.mark.parametrize("inner", ["stock", "other"])
+def test_a_guider_that_samples_its_model_twice(comfy, custom, other, prior, prompt, cases, inner):
+    """Once before its own run, as one that makes a preview; the terms are in both."""
+    seen = []
+
+    def make(model, twice):
+        guider = other(model)
+        run = guider.outer_sample
+
+        def outer_sample(noise, latent_image, *args, **kwargs):
+            first = comfy.samplers.CFGGuider(guider.model_patcher) if inner == "stock" else other(guider.model_patcher)
+            first.set_conds(prompt(1), prompt(2))
+            first.set_cfg(5.0)
+            euler = comfy.samplers.sampler_object("euler")
+            seen.append(first.sample(noise, latent_image, euler, torch.tensor([3.0, 0.0]), disable_pbar=True))
+            return run(noise, latent_image, *args, **kwargs)
+
+        guider.outer_sample = outer_sample if twice else run
+        return guider
+
+    model = with_terms(prior, *cases["two"])
+    expected = custom(make(model, twice=False))
+    assert torch.equal(custom(make(model, twice=True)), expected)
+    custom(make(prior, twice=True))
+    assert not torch.equal(*seen)
+    assert model.additional_models == prior.additional_models
+    assert torch.equal(custom(other(model)), expected)
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_a_node_behind_that_drops_callbacks(stock, custom, other, prior, prompt, latent, cases, guider):
+    model = with_terms(prior, *cases["two"])
+    dropped = model.clone()
+    dropped.callbacks.clear()
+    run = custom if guider == "other" else (lambda g: stock(g.model_patcher, prompt(1), prompt(2), latent, cfg=5.0))
+    assert torch.equal(run(other(dropped)), run(other(model)))
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_run_of_no_step_under_another_guider(comfy, other, prior, cases, levels):
+    """It is as without the terms."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    got = []
+    for model in (prior, with_terms(prior, *cases["two"])):
+        euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([3.0, 0.0])[:levels]
+        got.append(other(model).sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True))
+    assert torch.equal(*got) == (levels == 1)
+
+
 def test_another_guider_with_guidance_cache_evaluates_less(custom, other, prior, concept, prompt, count_forwards):
     from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 
@@ -570,7 +619,9 @@ class TestBadInput:
         assert len(steps) == lost
         assert prior.get_additional_models() == []
         if lost > 1:
-            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))  # no term acts where it does not tell
+            # No term acts where it does not tell.
+            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))
+            custom(silent(GuidanceTerm(2.0, conditioning=prompt(3, end_percent=0.25))))
 
     @pytest.mark.parametrize("on", ["model", "model_negative", "both"])
     def test_a_guider_of_two_models(self, extra, custom, prior, concept, prompt, cases, on):
