@@ -382,6 +382,17 @@ def test_context_windows_of_a_terms_model_are_its_own(stock, prior, concept, pro
     assert "changes noise of the sampling" in caplog.text
 
 
+def test_a_latent_with_nan_is_no_change_by_a_wrapper(stock, prior, concept, prompt, caplog):
+    around = concept.clone()
+    around.add_wrapper_with_key("outer_sample", "other", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    image = torch.ones(1, 4, 8, 8)
+    image[0, 0, 0, 0] = torch.nan
+    term = GuidanceTerm(1.5, model=around, conditioning=prompt(3))
+    stock(with_terms(prior, term), prompt(1), prompt(2), {"samples": image}, denoise=0.5)
+    assert "latent_image holds NaN" in caplog.text
+    assert "of the sampling" not in caplog.text
+
+
 @pytest.mark.parametrize(("cfg", "override"), [(0.0, 2.0), (0.0, 1.0), (5.0, 0.0), (1.0, 0.0)])
 def test_cfg_override_to_or_from_zero(extra, gcfg, stock, prior, prompt, latent, cases, cfg, override):
     """At 0 the positive has no part in the sum and is not evaluated; it is where an override brings it back."""
@@ -511,8 +522,6 @@ def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
     assert (one.labels, two.labels) == ((), labels)
     assert [reading.step for reading in two.readings] == [1, 2, 3, 4]
     assert all(all(reading.weights) for reading in two.readings)
-    run(patched)
-    assert (two.labels, three.labels) == (labels[:-1], labels)
     monkeypatch.setattr(live, "prompt_server", Editor)
     run(both)
     assert one.labels == labels
@@ -520,6 +529,10 @@ def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
         told = [(at, count) for who, at, count, said in Editor.sent if who == name and said == list(labels)]
         assert sum(count for _, count in told) == 4
         assert [at for at, _ in told] == [sum(count for _, count in told[:place]) for place in range(len(told))]
+    run(patched)
+    assert (two.labels, three.labels) == (labels[:-1], labels)
+    run(both)  # by a second sampler, before the report of the first one's run is drawn
+    assert (one.labels, two.labels, three.labels) == (labels, labels[:-1], labels)
 
 
 def test_terms_of_three_nodes_are_what_the_equation_says(comfy, exact, concept, prior, prompt):
