@@ -95,7 +95,7 @@ class _Terms:
             model, negative = _without_terms(stock.model_patcher), _negative(stock)
             positive = _conditioning(stock.original_conds.get(FIRST, []))  # under another name it spreads to nothing
             guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, positive=positive)
-            versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
+            guider.around = versions.drop_run_wrappers(guider.model_patcher)
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
             within = sampler = _Within(stock, guider, lambda: executor(*arguments, **given), seed)

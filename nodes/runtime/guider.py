@@ -52,6 +52,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
     run: Run  # while one is on
     quiet = False  # whether another one speaks in the log for it
+    around: Sequence[Any] = ()  # wrappers of its model that stand around the run of another guider, which it is within
     original_conds: dict[str, list[dict]]
 
     def __init__(

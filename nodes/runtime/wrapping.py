@@ -120,6 +120,7 @@ class _Inner:
 
     def _say(self, what: str) -> None:
         found, others = (versions.wrappers(self.kind, lane.guider.model_options) for lane in (self.lane, self.base))
+        others = [*others, *self.base.guider.around]
         found = [wrapper for wrapper in found if wrapper not in others]  # those do to the sampling what these do
         if not found:
             return

@@ -382,6 +382,21 @@ def test_context_windows_of_a_terms_model_are_its_own(stock, prior, concept, pro
     assert "changes noise of the sampling" in caplog.text
 
 
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_freenoise_on_both_models_is_that_of_the_sampler(
+    stock, custom, other, prior, prompt, latent, windows, caplog, guider
+):
+    base = windows(prior, True)
+    lora = base.clone()
+    lora.add_patches({"diffusion_model.input_blocks.0.0.bias": (torch.ones(64),)}, 0.5)
+    model = with_terms(base, GuidanceTerm(1.5, model=lora, conditioning=prompt(3)))
+    if guider == "stock":
+        stock(model, prompt(1), prompt(2), latent)
+    else:
+        custom(other(model))
+    assert "of the sampling" not in caplog.text
+
+
 def test_a_latent_with_nan_is_no_change_by_a_wrapper(stock, prior, concept, prompt, caplog):
     around = concept.clone()
     around.add_wrapper_with_key("outer_sample", "other", lambda executor, *args, **kwargs: executor(*args, **kwargs))
