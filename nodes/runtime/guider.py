@@ -201,7 +201,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             model_options: the sampled model's options at this step.
             seed: of the run.
         """
-        return self.run.evaluate(x, timestep, model_options or {}, seed, self.cfg)
+        # Under a Basic Guider, whose one prompt has no weight, no term's is the cfg that a wrapper sets.
+        cfg = None if self.has_positive and self.cfg_of is None else self.cfg
+        return self.run.evaluate(x, timestep, model_options or {}, seed, cfg)
 
     def __call__(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stock's way to a prediction; wrappers on it find in `cfg` the weight of this noise level."""

@@ -82,7 +82,7 @@ class Run:
         self._summing = Summing(self.known, self.lanes[0], self._lane_of, self.rules, relations, self.looked_at)
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
 
-    def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
+    def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float | None) -> Tensor:
         """The guided denoised prediction at one noise level.
 
         Args:
@@ -90,7 +90,7 @@ class Run:
             sigma: (B,), all equal.
             options: the sampled model's options at this step.
             seed: of the run.
-            cfg: the guider's, which a wrapper may have set.
+            cfg: the guider's, which a wrapper may have set; None where it has none.
         """
         step = self._step(sigma, options, cfg)
         if self.cache is None and self._is_stock(step):

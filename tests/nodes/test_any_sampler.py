@@ -314,6 +314,23 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("override", [1.0, 3.0])
+def test_cfg_override_sets_no_terms_weight_after_a_basic_guider(extra, caplog, custom, prior, prompt, count, override):
+    nodes = extra("nodes_custom_sampler")
+    if not hasattr(nodes, "CFGOverride"):
+        pytest.skip("this ComfyUI has no CFG Override")
+
+    def run(model):
+        guider = nodes.Guider_Basic(with_terms(model, *terms))
+        guider.set_conds(prompt(1))
+        return custom(guider)
+
+    terms = [GuidanceTerm(4.0, conditioning=prompt(3)), GuidanceTerm(-3.0, conditioning=prompt(2))][:count]
+    assert torch.equal(run(nodes.CFGOverride.execute(prior, override, 0.0, 1.0).result[0]), run(prior))
+    assert "CFG Override" not in caplog.text
+
+
 @pytest.fixture
 def windows(extra):
     """Put core's context windows on a model: of 4 rows, 2 of them shared."""
