@@ -314,6 +314,35 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["instead", "after"])
+@pytest.mark.parametrize("name", ["idle", "another model", "the sampler's own model", "of weight 1"])
+def test_hooks_see_the_positive_at_a_cfg_of_zero(stock, prior, prompt, latent, cases, kind, name):
+    """As in stock: a hook may have a scale of its own."""
+    hooked = prior.clone()
+    if kind == "instead":
+        hooked.set_model_sampler_cfg_function(lambda args: args["uncond"] + 3.0 * (args["cond"] - args["uncond"]))
+    else:
+        hooked.set_model_sampler_post_cfg_function(
+            lambda args: args["denoised"] + 3.0 * (args["cond_denoised"] - args["uncond_denoised"])
+        )
+    one = {"idle": GuidanceTerm(0.0, conditioning=prompt(3)), "of weight 1": GuidanceTerm(1.0, conditioning=prompt(3))}
+    model = with_terms(hooked, *cases.get(name, [one.get(name)]))
+    got = stock(model, prompt(1), prompt(2), latent, cfg=0.0)
+    if name == "idle":
+        assert checks.relative(got, stock(hooked, prompt(1), prompt(2), latent, cfg=0.0)) < 1e-5
+    assert checks.relative(got, stock(model, prompt(1), prompt(2), latent, cfg=1e-6)) < 1e-3
+
+
+def test_nothing_looks_at_the_positive_at_a_cfg_of_zero_but_hooks(stock, prior, prompt, latent):
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    hooked = prior.clone()
+    hooked.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    ((limited,),) = GCFGGuidanceRelation().make((GuidanceTerm(2.0, conditioning=prompt(3)),), "limit", "positive", 0.5)
+    got, plain = (stock(with_terms(m, limited), prompt(1), prompt(2), latent, cfg=0.0) for m in (hooked, prior))
+    assert checks.relative(got, plain) < 1e-5
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("override", [1.0, 3.0])
 def test_cfg_override_sets_no_terms_weight_after_a_basic_guider(extra, caplog, custom, prior, prompt, count, override):
