@@ -116,9 +116,16 @@ class _Terms:
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
             return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, positive=conds[FIRST])
-        own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
+        own = _Positive(stock.cfg, conditioning=conds[FIRST], label="positive")
         terms = (own, *self.terms)
         return GCFGGuider(model, conds[BASE], terms, _WORDS, self.watch, cfg_of=0, positive=conds[FIRST])
+
+
+class _Positive(GuidanceTerm):
+    """The sampler's own guidance as a term, whose weight is the cfg, of any size that the sampler takes."""
+
+    def __post_init__(self) -> None:
+        """Check nothing: it is of no Guidance Term node."""
 
 
 class _Within(comfy.samplers.Sampler):

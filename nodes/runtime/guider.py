@@ -71,7 +71,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.check_terms(node, terms)
         sampling = model_patcher.get_model_object("model_sampling")
         self.watch = Watch() if watch is None else watch
-        checks.check_run(words, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
+        plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
+        checks.check_run(words, model_patcher, unconditional, plan, positive)
         terms = measured_from_base(model_patcher, unconditional, terms)
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
         self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
@@ -83,20 +84,20 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         two = None
         if cfg_of is None or not versions.has_wrappers(PREDICT, model_patcher):  # which may set one weight of the two
             two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
-        self.has_positive = positive is not None
-        if self.has_positive and two is not None and two[0] != cfg_of:
+        self.positive = positive
+        if positive is not None and two is not None and two[0] != cfg_of:
             two = None  # that name is the sampler's own positive's
         of_stock = cfg_of if two is None else two[0]
         if of_stock is not None:
             self.cfg = Weight(terms[of_stock].weight)
-        first = cfg_of if self.has_positive else spreading(self.groups[0], unconditional, self.sources)
+        first = spreading(self.groups[0], unconditional, self.sources) if positive is None else cfg_of
         self.keys = keyed(self.groups, unconditional, self.sources, two, first)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own: dict[str, Any] = {}
         for place in self.groups[0].places:
             own.setdefault(self.keys[place], self._conditioning(place))
-        self.inner_set_conds({FIRST: positive if self.has_positive else unconditional, BASE: unconditional, **own})
+        self.inner_set_conds({FIRST: unconditional if positive is None else positive, BASE: unconditional, **own})
         self.every_cond: dict[str, list[dict]] = self.original_conds
 
     def set_conds(self, positive: Any, negative: Any) -> None:
@@ -122,7 +123,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
-            why = failures.explained(self.words, error, self.model_patcher, latent_image, self.unconditional, self.plan)
+            own = {self.words.base: self.unconditional, self.words.positive: self.positive}
+            why = failures.explained(self.words, error, self.model_patcher, latent_image, own, self.plan)
             if why is not None:
                 raise why from error
             raise
@@ -202,7 +204,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             seed: of the run.
         """
         # Under a Basic Guider, whose one prompt has no weight, no term's is the cfg that a wrapper sets.
-        cfg = None if self.has_positive and self.cfg_of is None else self.cfg
+        cfg = None if self.positive is not None and self.cfg_of is None else self.cfg
         return self.run.evaluate(x, timestep, model_options or {}, seed, cfg)
 
     def __call__(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -253,7 +255,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             used.add(self.cfg_of)
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
-        self.original_conds = {key: self.every_cond[key if key in own or self.has_positive else BASE] for key in names}
+        self.original_conds = {
+            key: self.every_cond[key if key in own or self.positive is not None else BASE] for key in names
+        }
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
         if not self.quiet:
             checks.warn_caches(lanes)

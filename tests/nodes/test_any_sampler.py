@@ -704,10 +704,10 @@ class TestBadInput:
         if dual is None:
             pytest.skip("this ComfyUI has no Dual Model CFG Guider")
 
-        def run(model, negative):
+        def run(model, negative, cfg=4.0):
             guider = dual(model, negative)
             guider.set_conds(prompt(1), prompt(2))
-            guider.set_cfg(4.0)
+            guider.set_cfg(cfg)
             return custom(guider)
 
         before = run(prior, concept)
@@ -719,6 +719,8 @@ class TestBadInput:
         with pytest.raises(GuidanceError, match=rf"^GCFG Model: {said}"):
             run(model, negative)
         assert torch.equal(run(prior, concept), before)
+        if on == "model_negative":  # which it does not evaluate at cfg 1
+            assert torch.equal(run(prior, negative, 1.0), run(prior, concept, 1.0))
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
@@ -757,6 +759,28 @@ class TestBadInput:
                 stock(model, prompt(1), base, latent)
         assert str(error.value).startswith(message.format(prompt="prompt" if basic else "negative prompt"))
         assert "unconditional" not in str(error.value)
+
+    @pytest.mark.parametrize("guider", ["stock", "other"])
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_samplers_positive_is_called_so(
+        self, monkeypatch, comfy, custom, other, prior, prompt, cases, guider, known
+    ):
+        """Whether its width is known before it is sampled or not."""
+        if not known:
+            monkeypatch.delitem(prior.model.model_config.unet_config, "context_dim")
+        sampler = (other if guider == "other" else lambda model: comfy.samplers.CFGGuider(model))(
+            with_terms(prior, *cases["two"])
+        )
+        sampler.set_conds(prompt(1, 2048), prompt(2))
+        with pytest.raises(
+            GuidanceError, match=r"^GCFG Model: the sampler's positive prompt is 2048 wide, expected 768 for this model"
+        ):
+            custom(sampler)
+
+    def test_the_samplers_cfg_may_be_beyond_a_terms_weight(self, stock, prior, prompt, latent):
+        idle = with_terms(prior, GuidanceTerm(0.0, conditioning=prompt(3)))
+        plain = stock(prior, prompt(1), prompt(2), latent, cfg=150.0)
+        assert torch.equal(stock(idle, prompt(1), prompt(2), latent, cfg=150.0), plain)
 
     def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
         monkeypatch.setattr(versions, "HAS_HOOKS", False)
