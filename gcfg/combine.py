@@ -126,7 +126,7 @@ def pair(terms: Sequence[ActiveTerm]) -> tuple[ActiveTerm, ActiveTerm] | None:
 
     D_neg + w (D_pos - D_neg) = w D_pos + (1 - w) D_neg         # Eq. 7, weights w and 1 - w, no masks
     """
-    if len(terms) != 2 or any(term.relative for term in terms) or needs_base(terms):
+    if len(terms) != 2 or any(term.relative or term.weight == 0.0 for term in terms) or needs_base(terms):
         return None
     negative = base_index(terms)
     return terms[1 - negative], terms[negative]

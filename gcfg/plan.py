@@ -25,7 +25,7 @@ class ActiveTerm:
 
     Attributes:
         index: its place among the plan's terms.
-        weight: its weight at this noise level, not 0.
+        weight: its weight at this noise level; 0 only where something else looks at its prediction.
         mask: what its delta is multiplied with, (N, 1, *spatial); None for 1 everywhere.
         label: its name, for errors and reports.
         relative: whether its delta is measured from a prediction of its own, and not from the base.

@@ -93,8 +93,9 @@ class _Terms:
             guider = self._guider(stock)
         else:
             model, negative = _without_terms(stock.model_patcher), _negative(stock)
-            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, spreads=False)
-            versions.drop_run_wrappers(guider.model_patcher)  # they stand around the run of the other guider
+            positive = _conditioning(stock.original_conds.get(FIRST, []))  # under another name it spreads to nothing
+            guider = GCFGGuider(model, negative, self.terms, _WORDS, self.watch, positive=positive)
+            guider.around = versions.drop_run_wrappers(guider.model_patcher)
             given = {} if latent_shapes is None else {"latent_shapes": latent_shapes}
             arguments = (noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
             within = sampler = _Within(stock, guider, lambda: executor(*arguments, **given), seed)
@@ -114,9 +115,17 @@ class _Terms:
         model = _without_terms(stock.model_patcher)
         conds = {name: _conditioning(entries) for name, entries in stock.original_conds.items()}
         if BASE not in conds:  # the Basic Guider's one prompt is what the terms are added to
-            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, spreads=False)
-        own = GuidanceTerm(stock.cfg, conditioning=conds[FIRST], label="positive")
-        return GCFGGuider(model, conds[BASE], (own, *self.terms), _WORDS, self.watch, cfg_of=0, spreads=False)
+            return GCFGGuider(model, conds[FIRST], self.terms, _OF_ONE_PROMPT, self.watch, positive=conds[FIRST])
+        own = _Positive(stock.cfg, conditioning=conds[FIRST], label="positive")
+        terms = (own, *self.terms)
+        return GCFGGuider(model, conds[BASE], terms, _WORDS, self.watch, cfg_of=0, positive=conds[FIRST])
+
+
+class _Positive(GuidanceTerm):
+    """The sampler's own guidance as a term, whose weight is the cfg, of any size that the sampler takes."""
+
+    def __post_init__(self) -> None:
+        """Check nothing: it is of no Guidance Term node."""
 
 
 class _Within(comfy.samplers.Sampler):
@@ -142,14 +151,15 @@ class _Within(comfy.samplers.Sampler):
         options["sampler_post_cfg_function"] = [self._added, *options.get("sampler_post_cfg_function", [])]
         options["disable_cfg1_optimization"] = True  # the terms are measured from its negative prediction
         versions.add_wrapper(PREDICT, TERMS, self._telling, options)
-        watched = patcher.callbacks[_BEGINS].pop(TERMS)
+        around = patcher.get_additional_models_with_key(TERMS)  # of a run that this one is a part of
         patcher.set_additional_models(TERMS, [lane.patcher for lane in self._ours.run.lanes])  # so that none goes
         try:
             self.result = self._run()
         finally:
             patcher.remove_additional_models(TERMS)
-            patcher.callbacks[_BEGINS][TERMS] = watched
-        if not self._told:  # an older ComfyUI has no such wrappers
+            if around:
+                patcher.set_additional_models(TERMS, around)
+        if not self._told and len(sigmas) > 1:  # an older ComfyUI has no such wrappers
             raise _has_no_negative(stock)
         return noise
 
@@ -157,7 +167,7 @@ class _Within(comfy.samplers.Sampler):
         """One of its predictions; where terms act it has to tell of its negative one, so that no step goes without."""
         self._told = False
         denoised: Tensor = executor(x, timestep, *args, **kwargs)
-        if not self._told and self._ours.plan.active(float(timestep.flatten()[0])):
+        if not self._told and self._ours.run.acting(float(timestep.flatten()[0])):
             raise _has_no_negative(self._stock)
         self._told = True
         return denoised
@@ -176,6 +186,8 @@ class _Within(comfy.samplers.Sampler):
 
 def _not_around_its_run(patcher: Any) -> None:
     """What a model with terms does where a run begins with it that they do not stand around."""
+    if patcher.get_additional_models_with_key(TERMS):  # they do, around that of another pack's guider
+        return
     patcher.cleanup()
     raise GuidanceError(
         f"{NODE}: its model is evaluated beside the one that is sampled, as model_negative of a Dual Model CFG Guider "
@@ -209,9 +221,10 @@ def _without_terms(patcher: Any) -> Any:
     """A clone of a model as it was in front of this node."""
     clone = patcher.clone()
     for held, kind in ((clone.wrappers, OUTER), (clone.callbacks, _BEGINS)):
-        del held[kind][TERMS]
-        if not held[kind]:
-            del held[kind]
+        named = held.get(kind, {})
+        named.pop(TERMS, None)  # a later node may have taken it away
+        if not named:
+            held.pop(kind, None)
     return clone
 
 

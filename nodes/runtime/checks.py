@@ -38,14 +38,23 @@ def check_terms(node: str, terms: Sequence[GuidanceTerm]) -> None:
         )
 
 
-def check_run(words: Words, base: Any, unconditional: Any, plan: GuidancePlan) -> None:
+def check_run(words: Words, base: Any, unconditional: Any, plan: GuidancePlan, positive: Any = None) -> None:
     """Refuse models and conditionings that cannot be summed around `base`.
+
+    Args:
+        words: what the messages call them.
+        base: the sampler's model.
+        unconditional: the sampler's conditioning.
+        plan: all terms.
+        positive: a sampler's own positive conditioning, where it has one.
 
     Raises:
         GuidanceError: if a conditioning is empty or of the wrong width, or a model of another latent family or another
             kind of noise schedule.
     """
     _check_conditioning(f"{words.node}: {words.base}", unconditional, base)
+    if positive:
+        _check_conditioning(f"{words.node}: {words.positive}", positive, base)
     _check_no_terms(f"{words.node}: model", base)
     for scheduled in plan.terms:
         term, name = scheduled.term, f"Guidance Term '{scheduled.label}'"

@@ -7,6 +7,7 @@ refused before it failed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,12 +33,21 @@ _WIDTHS_IN_ERRORS = (
 
 
 def explained(
-    words: Words, error: BaseException, base: Any, latent_image: Any, unconditional: Any, plan: GuidancePlan
+    words: Words, error: BaseException, base: Any, latent_image: Any, own: Mapping[str, Any], plan: GuidancePlan
 ) -> GuidanceError | None:
-    """What to say of a model that failed on the form of what it was given; None where it failed on something else."""
+    """What to say of a model that failed on the form of what it was given; None where it failed on something else.
+
+    Args:
+        words: what the message calls the run's parts.
+        error: the failure.
+        base: the sampler's model.
+        latent_image: what was sampled.
+        own: the conditionings of the sampler itself, by what the message calls them.
+        plan: all terms.
+    """
     if not isinstance(error, _FAILURES) or isinstance(error, GuidanceError | torch.cuda.OutOfMemoryError):
         return None
-    conditionings = [(f"{words.node}: {words.base}", unconditional)]
+    conditionings = [(f"{words.node}: {name}", conditioning) for name, conditioning in own.items()]
     for name in ("conditioning", "relative_conditioning"):
         conditionings += [(f"Guidance Term '{s.label}': {name}", getattr(s.term, name)) for s in plan.terms]
     found = [(name, tensor, options) for name, entries in conditionings for tensor, options in entries or ()]

@@ -43,8 +43,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         watch: who looks at its runs.
         cfg_of: the place of the term whose weight is a sampler's cfg, which wrappers may set; None where the terms are
             all that is summed.
-        spreads: whether the boxes and the ControlNet of a term's conditioning are the others' too where stock guidance
-            spreads those of its positive; else only those of a sampler's own positive are.
+        positive: a sampler's own positive conditioning, whose boxes and ControlNet are the terms' too, as stock
+            guidance spreads them; None where the first term that has any is that positive.
 
     Raises:
         GuidanceError: if there is no term, or a term's model or conditioning cannot be combined with the others.
@@ -52,6 +52,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
 
     run: Run  # while one is on
     quiet = False  # whether another one speaks in the log for it
+    around: Sequence[Any] = ()  # wrappers of its model that stand around the run of another guider, which it is within
     original_conds: dict[str, list[dict]]
 
     def __init__(
@@ -62,7 +63,7 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         words: Words | str,
         watch: Watch | None = None,
         cfg_of: int | None = None,
-        spreads: bool = True,
+        positive: Any = None,
     ) -> None:
         super().__init__(model_patcher)
         self.words = words = Words(words) if isinstance(words, str) else words
@@ -70,7 +71,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         checks.check_terms(node, terms)
         sampling = model_patcher.get_model_object("model_sampling")
         self.watch = Watch() if watch is None else watch
-        checks.check_run(words, model_patcher, unconditional, GuidancePlan.schedule(terms, sampling.percent_to_sigma))
+        plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
+        checks.check_run(words, model_patcher, unconditional, plan, positive)
         terms = measured_from_base(model_patcher, unconditional, terms)
         self.plan = GuidancePlan.schedule(terms, sampling.percent_to_sigma)
         self.cfg = Weight(sum(term.weight_at(term.start_percent) for term in terms if not term.relative))
@@ -82,17 +84,20 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         two = None
         if cfg_of is None or not versions.has_wrappers(PREDICT, model_patcher):  # which may set one weight of the two
             two = lasting_pair([place for place in self.groups[0].places if place not in self.rules], terms)
+        self.positive = positive
+        if positive is not None and two is not None and two[0] != cfg_of:
+            two = None  # that name is the sampler's own positive's
         of_stock = cfg_of if two is None else two[0]
         if of_stock is not None:
             self.cfg = Weight(terms[of_stock].weight)
-        first = spreading(self.groups[0], unconditional, self.sources) if spreads else cfg_of
+        first = spreading(self.groups[0], unconditional, self.sources) if positive is None else cfg_of
         self.keys = keyed(self.groups, unconditional, self.sources, two, first)
         self.unconditional = unconditional
         # Stock code sees the sampled model's own conditionings, under the names that it knows.
         own: dict[str, Any] = {}
         for place in self.groups[0].places:
             own.setdefault(self.keys[place], self._conditioning(place))
-        self.inner_set_conds({FIRST: unconditional, BASE: unconditional, **own})
+        self.inner_set_conds({FIRST: unconditional if positive is None else positive, BASE: unconditional, **own})
         self.every_cond: dict[str, list[dict]] = self.original_conds
 
     def set_conds(self, positive: Any, negative: Any) -> None:
@@ -118,7 +123,8 @@ class GCFGGuider(comfy.samplers.CFGGuider):
         except BaseException as error:
             # Stock sampling cleans ControlNets only after a good run.
             comfy.sampler_helpers.cleanup_models(getattr(self, "conds", {}), getattr(self, "loaded_models", []))
-            why = failures.explained(self.words, error, self.model_patcher, latent_image, self.unconditional, self.plan)
+            own = {self.words.base: self.unconditional, self.words.positive: self.positive}
+            why = failures.explained(self.words, error, self.model_patcher, latent_image, own, self.plan)
             if why is not None:
                 raise why from error
             raise
@@ -197,7 +203,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             model_options: the sampled model's options at this step.
             seed: of the run.
         """
-        return self.run.evaluate(x, timestep, model_options or {}, seed, self.cfg)
+        # Under a Basic Guider, whose one prompt has no weight, no term's is the cfg that a wrapper sets.
+        cfg = None if self.positive is not None and self.cfg_of is None else self.cfg
+        return self.run.evaluate(x, timestep, model_options or {}, seed, cfg)
 
     def __call__(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stock's way to a prediction; wrappers on it find in `cfg` the weight of this noise level."""
@@ -247,7 +255,9 @@ class GCFGGuider(comfy.samplers.CFGGuider):
             used.add(self.cfg_of)
         own = list(dict.fromkeys(self.keys[place] for place in self.groups[0].places if place in used))
         names = dict.fromkeys([FIRST, *own, BASE])
-        self.original_conds = {key: self.every_cond[key if key in own else BASE] for key in names}
+        self.original_conds = {
+            key: self.every_cond[key if key in own or self.positive is not None else BASE] for key in names
+        }
         lanes = [Lane(self, [*own, BASE] if BASE not in own else own), *self._further_lanes(used)]
         if not self.quiet:
             checks.warn_caches(lanes)

@@ -23,7 +23,7 @@ class Watch:
         wanted: whether a Guidance Report is connected.
 
     Attributes:
-        others: of nodes whose terms are in the same run; they are shown what this one is.
+        others: of nodes whose terms are in the same run; they are shown it as long as they had no run of their own.
     """
 
     others: tuple[Watch, ...] = ()
@@ -33,10 +33,14 @@ class Watch:
         self.wanted = wanted
         self.report = GuidanceReport()
         self._sent, self._time = 0, 0.0
+        self._had_run = False
+        self._looking: list[Watch] = []  # who is shown the run that is on
 
     def recorder(self, sigmas: Sequence[float], labels: Sequence[str], relative: Sequence[str]) -> Recorder | None:
         """A recorder for a run that begins, or None if nobody looks."""
-        looking = [watch for watch in (self, *self.others) if watch._looks()]
+        shown = [self, *(watch for watch in self.others if not watch._had_run)]
+        self._looking = looking = [watch for watch in shown if watch._looks()]
+        self._had_run = True
         if not looking:
             return None
         recorder = Recorder(self.report, sigmas, labels, self._tell, relative)
@@ -49,7 +53,7 @@ class Watch:
         """Take the last readings of a run, and send what was not sent yet."""
         if recorder is not None:
             recorder.finish()
-            for watch in (self, *self.others):
+            for watch in self._looking:
                 watch._time = 0.0
             self._tell()
 
@@ -57,7 +61,7 @@ class Watch:
         return self.wanted or (self.node_id is not None and _editor() is not None)
 
     def _tell(self) -> None:
-        for watch in (self, *self.others):
+        for watch in self._looking:
             watch._send()
 
     def _send(self) -> None:

@@ -82,7 +82,7 @@ class Run:
         self._summing = Summing(self.known, self.lanes[0], self._lane_of, self.rules, relations, self.looked_at)
         self.readings = None if self.recorder is None else Readings(self.recorder, self.known)
 
-    def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float) -> Tensor:
+    def evaluate(self, x: Tensor, sigma: Tensor, options: dict[str, Any], seed: Any, cfg: float | None) -> Tensor:
         """The guided denoised prediction at one noise level.
 
         Args:
@@ -90,7 +90,7 @@ class Run:
             sigma: (B,), all equal.
             options: the sampled model's options at this step.
             seed: of the run.
-            cfg: the guider's, which a wrapper may have set.
+            cfg: the guider's, which a wrapper may have set; None where it has none.
         """
         step = self._step(sigma, options, cfg)
         if self.cache is None and self._is_stock(step):
@@ -127,12 +127,15 @@ class Run:
         override = None if isinstance(cfg, Weight) else cfg
         given = {} if override is None or self.cfg_of is None else {self.cfg_of: override}
         steady = self.plan.steady
-        acting = steady if steady is not None and not (self.ranged or given) else self._acting(float(sigma[0]), given)
+        acting = steady if steady is not None and not (self.ranged or given) else self.acting(float(sigma[0]), given)
         two = None
         if override is not None and not given:
             acting, two = self._overridden(acting, override)
+        hooked = hooks.has_hooks(options)
+        if hooked:
+            acting = self._with_positive(acting, sigma)
         eager = base_is_given or bool(options.get("disable_cfg1_optimization"))
-        step = decided(acting, self.known, hooks.has_hooks(options), eager, two)
+        step = decided(acting, self.known, hooked, eager, two)
         if BASE in self.ranged and BASE in step.wanted:
             checks.check_base_covers(self.words, self.lanes[0].conds[BASE], float(sigma[0]))
         return step if self.cache is None else self._with_carried_on(step, self.cache, float(sigma[0]), base_is_given)
@@ -174,23 +177,34 @@ class Run:
             self.readings.take(step, predictions, acting, guided, x, sigma, denoised)
         return denoised
 
-    def _acting(self, sigma: float, given: Mapping[int, float]) -> Terms:
+    def acting(self, sigma: float, given: Mapping[int, float] | None = None) -> Terms:
         """The terms of this step; one whose conditioning has no part in it would predict zeros, so it is left out.
 
         So is one that is measured from such a prediction.
 
         Args:
             sigma: the noise level.
-            given: weights that something else set, by the place of the term.
+            given: weights that something else set, by the place of the term; None for none.
         """
-
-        def takes_part(key: str) -> bool:
-            return key not in self.ranged or covers(self._lane_of[key].conds[key], sigma)
 
         def keys(term: ActiveTerm) -> list[str]:
             return [self.keys[term.index], *([self.references[term.index]] if term.relative else [])]
 
-        return tuple(term for term in self.plan.active(sigma, given) if all(map(takes_part, keys(term))))
+        active = self.plan.active(sigma, given)
+        return tuple(term for term in active if all(self._takes_part(key, sigma) for key in keys(term)))
+
+    def _takes_part(self, key: str, sigma: float) -> bool:
+        return key not in self.ranged or covers(self._lane_of[key].conds[key], sigma)
+
+    def _with_positive(self, acting: Terms, sigma: Tensor) -> Terms:
+        """The terms with the sampler's positive also at a cfg of 0, where stock shows its prediction to hooks."""
+        place = self.cfg_of
+        if place is None or any(term.index == place for term in acting):
+            return acting
+        key = self.keys[place]
+        if key in self.ranged and not self._takes_part(key, float(sigma[0])):
+            return acting
+        return ActiveTerm(place, 0.0, None, self.plan.terms[place].label), *acting
 
     def _with_carried_on(self, step: Step, cache: DeltaCache, sigma: float, base_is_given: bool) -> Step:
         """The step without the predictions that the cache carries on."""

@@ -114,7 +114,8 @@ class Summing:
         """The deltas after the relations of their terms to others."""
         assert step.base is not None  # `needs_base` sees to it
         base = predictions[step.base]
-        weighted = {one.term.index: difference(one, base).mul_(one.term.weight) for one in guided}
+        pulls = [one for one in guided if one.term.weight != 0.0]  # nothing looks at one that does not act
+        weighted = {one.term.index: difference(one, base).mul_(one.term.weight) for one in pulls}
 
         def other(place: int, relation: Relation) -> Tensor | None:
             if relation.against:
@@ -129,7 +130,7 @@ class Summing:
             measured_from = base if one.reference is None else one.reference
             return Delta(measured_from + found, replace(one.term, weight=1.0, mask=None), one.reference)
 
-        return [changed(one) if one.term.related else one for one in guided]
+        return [changed(one) if one.term.related and one.term.index in weighted else one for one in guided]
 
     def _sum(self, step: Step, predictions: Predictions, guided: Sequence[Delta]) -> Tensor:
         if len(guided) == 1 and guided[0].term.index in self._known.ruled:

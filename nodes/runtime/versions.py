@@ -138,12 +138,18 @@ def drop_wrappers(kind: str, options: dict[str, Any], other: dict[str, Any]) -> 
         named[name] = [wrapper for wrapper in found if id(wrapper) not in theirs]
 
 
-def drop_run_wrappers(patcher: Any) -> None:
-    """Take the wrappers around a run, its preparation and its sampler out of a patcher that nobody else has."""
+def drop_run_wrappers(patcher: Any) -> list[Any]:
+    """Take the wrappers around a run, its preparation and its sampler out of a patcher that nobody else has.
+
+    Returns:
+        These.
+    """
+    dropped: list[Any] = []
     options = patcher.model_options.get("transformer_options", {})
     for kind in ("outer_sample", "prepare_sampling", "sampler_sample"):
-        patcher.wrappers.pop(kind, None)
-        options.get("wrappers", {}).pop(kind, None)
+        for held in (patcher.wrappers, options.get("wrappers", {})):
+            dropped += [wrapper for named in held.pop(kind, {}).values() for wrapper in named]
+    return dropped
 
 
 def wrapped(kind: str, options: dict[str, Any], function: Any, owner: Any = None) -> Any:

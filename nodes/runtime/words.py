@@ -14,12 +14,14 @@ class Words:
         base: of the conditioning that terms are measured from.
         prediction: of what it predicts.
         model: of the model that is sampled.
+        positive: of a sampler's own positive conditioning.
     """
 
     node: str
     base: str = "unconditional"
     prediction: str = "the unconditional"
     model: str = "the unconditional model"
+    positive: str = "the sampler's positive prompt"
 
     @classmethod
     def of_sampler(cls, node: str, prompt: str) -> Words:

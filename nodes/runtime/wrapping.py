@@ -114,12 +114,13 @@ class _Inner:
 
     def _is_changed(self, name: str, got: Any) -> bool:
         own, given = self.own[name], self.given[name]
-        return not identical(got, given) or (
-            own is not given and isinstance(own, Tensor) and not torch.equal(given, own)
-        )
+        if own is given or not isinstance(own, Tensor):
+            return not identical(got, given)
+        return got is not given or not torch.allclose(given, own, rtol=0.0, atol=0.0, equal_nan=True)
 
     def _say(self, what: str) -> None:
         found, others = (versions.wrappers(self.kind, lane.guider.model_options) for lane in (self.lane, self.base))
+        others = [*others, *self.base.guider.around]
         found = [wrapper for wrapper in found if wrapper not in others]  # those do to the sampling what these do
         if not found:
             return

@@ -195,6 +195,55 @@ def test_another_guider_at_cfg_one_still_tells_its_negative(extra, custom, prior
     assert checks.relative(custom(dual), expected) < 2e-5
 
 
+@pytest.mark.parametrize("inner", ["stock", "other"])
+def test_a_guider_that_samples_its_model_twice(comfy, custom, other, prior, prompt, cases, inner):
+    """Once before its own run, as one that makes a preview; the terms are in both."""
+    seen = []
+
+    def make(model, twice):
+        guider = other(model)
+        run = guider.outer_sample
+
+        def outer_sample(noise, latent_image, *args, **kwargs):
+            first = comfy.samplers.CFGGuider(guider.model_patcher) if inner == "stock" else other(guider.model_patcher)
+            first.set_conds(prompt(1), prompt(2))
+            first.set_cfg(5.0)
+            euler = comfy.samplers.sampler_object("euler")
+            seen.append(first.sample(noise, latent_image, euler, torch.tensor([3.0, 0.0]), disable_pbar=True))
+            return run(noise, latent_image, *args, **kwargs)
+
+        guider.outer_sample = outer_sample if twice else run
+        return guider
+
+    model = with_terms(prior, *cases["two"])
+    expected = custom(make(model, twice=False))
+    assert torch.equal(custom(make(model, twice=True)), expected)
+    custom(make(prior, twice=True))
+    assert not torch.equal(*seen)
+    assert model.additional_models == prior.additional_models
+    assert torch.equal(custom(other(model)), expected)
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_a_node_behind_that_drops_callbacks(stock, custom, other, prior, prompt, latent, cases, guider):
+    model = with_terms(prior, *cases["two"])
+    dropped = model.clone()
+    dropped.callbacks.clear()
+    run = custom if guider == "other" else (lambda g: stock(g.model_patcher, prompt(1), prompt(2), latent, cfg=5.0))
+    assert torch.equal(run(other(dropped)), run(other(model)))
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_run_of_no_step_under_another_guider(comfy, other, prior, cases, levels):
+    """It is as without the terms."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    got = []
+    for model in (prior, with_terms(prior, *cases["two"])):
+        euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([3.0, 0.0])[:levels]
+        got.append(other(model).sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True))
+    assert torch.equal(*got) == (levels == 1)
+
+
 def test_another_guider_with_guidance_cache_evaluates_less(custom, other, prior, concept, prompt, count_forwards):
     from comfyui_gcfg.gcfg.guidance_cache import CacheRule
 
@@ -265,6 +314,52 @@ def test_cfg_override_sets_the_samplers_cfg_and_no_terms_weight(
     assert "CFG Override" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["instead", "after"])
+@pytest.mark.parametrize("name", ["idle", "another model", "the sampler's own model", "of weight 1"])
+def test_hooks_see_the_positive_at_a_cfg_of_zero(stock, prior, prompt, latent, cases, kind, name):
+    """As in stock: a hook may have a scale of its own."""
+    hooked = prior.clone()
+    if kind == "instead":
+        hooked.set_model_sampler_cfg_function(lambda args: args["uncond"] + 3.0 * (args["cond"] - args["uncond"]))
+    else:
+        hooked.set_model_sampler_post_cfg_function(
+            lambda args: args["denoised"] + 3.0 * (args["cond_denoised"] - args["uncond_denoised"])
+        )
+    one = {"idle": GuidanceTerm(0.0, conditioning=prompt(3)), "of weight 1": GuidanceTerm(1.0, conditioning=prompt(3))}
+    model = with_terms(hooked, *cases.get(name, [one.get(name)]))
+    got = stock(model, prompt(1), prompt(2), latent, cfg=0.0)
+    if name == "idle":
+        assert checks.relative(got, stock(hooked, prompt(1), prompt(2), latent, cfg=0.0)) < 1e-5
+    assert checks.relative(got, stock(model, prompt(1), prompt(2), latent, cfg=1e-6)) < 1e-3
+
+
+def test_nothing_looks_at_the_positive_at_a_cfg_of_zero_but_hooks(stock, prior, prompt, latent):
+    from comfyui_gcfg.nodes.relation import GCFGGuidanceRelation
+
+    hooked = prior.clone()
+    hooked.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    ((limited,),) = GCFGGuidanceRelation().make((GuidanceTerm(2.0, conditioning=prompt(3)),), "limit", "positive", 0.5)
+    got, plain = (stock(with_terms(m, limited), prompt(1), prompt(2), latent, cfg=0.0) for m in (hooked, prior))
+    assert checks.relative(got, plain) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("override", [1.0, 3.0])
+def test_cfg_override_sets_no_terms_weight_after_a_basic_guider(extra, caplog, custom, prior, prompt, count, override):
+    nodes = extra("nodes_custom_sampler")
+    if not hasattr(nodes, "CFGOverride"):
+        pytest.skip("this ComfyUI has no CFG Override")
+
+    def run(model):
+        guider = nodes.Guider_Basic(with_terms(model, *terms))
+        guider.set_conds(prompt(1))
+        return custom(guider)
+
+    terms = [GuidanceTerm(4.0, conditioning=prompt(3)), GuidanceTerm(-3.0, conditioning=prompt(2))][:count]
+    assert torch.equal(run(nodes.CFGOverride.execute(prior, override, 0.0, 1.0).result[0]), run(prior))
+    assert "CFG Override" not in caplog.text
+
+
 @pytest.fixture
 def windows(extra):
     """Put core's context windows on a model: of 4 rows, 2 of them shared."""
@@ -331,6 +426,32 @@ def test_context_windows_of_a_terms_model_are_its_own(stock, prior, concept, pro
     assert "changes noise of the sampling" not in caplog.text
     assert torch.equal(got(True), got(False))
     assert "changes noise of the sampling" in caplog.text
+
+
+@pytest.mark.parametrize("guider", ["stock", "other"])
+def test_freenoise_on_both_models_is_that_of_the_sampler(
+    stock, custom, other, prior, prompt, latent, windows, caplog, guider
+):
+    base = windows(prior, True)
+    lora = base.clone()
+    lora.add_patches({"diffusion_model.input_blocks.0.0.bias": (torch.ones(64),)}, 0.5)
+    model = with_terms(base, GuidanceTerm(1.5, model=lora, conditioning=prompt(3)))
+    if guider == "stock":
+        stock(model, prompt(1), prompt(2), latent)
+    else:
+        custom(other(model))
+    assert "of the sampling" not in caplog.text
+
+
+def test_a_latent_with_nan_is_no_change_by_a_wrapper(stock, prior, concept, prompt, caplog):
+    around = concept.clone()
+    around.add_wrapper_with_key("outer_sample", "other", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    image = torch.ones(1, 4, 8, 8)
+    image[0, 0, 0, 0] = torch.nan
+    term = GuidanceTerm(1.5, model=around, conditioning=prompt(3))
+    stock(with_terms(prior, term), prompt(1), prompt(2), {"samples": image}, denoise=0.5)
+    assert "latent_image holds NaN" in caplog.text
+    assert "of the sampling" not in caplog.text
 
 
 @pytest.mark.parametrize(("cfg", "override"), [(0.0, 2.0), (0.0, 1.0), (5.0, 0.0), (1.0, 0.0)])
@@ -462,8 +583,6 @@ def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
     assert (one.labels, two.labels) == ((), labels)
     assert [reading.step for reading in two.readings] == [1, 2, 3, 4]
     assert all(all(reading.weights) for reading in two.readings)
-    run(patched)
-    assert (two.labels, three.labels) == (labels[:-1], labels)
     monkeypatch.setattr(live, "prompt_server", Editor)
     run(both)
     assert one.labels == labels
@@ -471,6 +590,10 @@ def test_the_reports_of_two_nodes_in_a_row_show_the_terms_of_both(
         told = [(at, count) for who, at, count, said in Editor.sent if who == name and said == list(labels)]
         assert sum(count for _, count in told) == 4
         assert [at for at, _ in told] == [sum(count for _, count in told[:place]) for place in range(len(told))]
+    run(patched)
+    assert (two.labels, three.labels) == (labels[:-1], labels)
+    run(both)  # by a second sampler, before the report of the first one's run is drawn
+    assert (one.labels, two.labels, three.labels) == (labels, labels[:-1], labels)
 
 
 def test_terms_of_three_nodes_are_what_the_equation_says(comfy, exact, concept, prior, prompt):
@@ -570,7 +693,9 @@ class TestBadInput:
         assert len(steps) == lost
         assert prior.get_additional_models() == []
         if lost > 1:
-            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))  # no term acts where it does not tell
+            # No term acts where it does not tell.
+            custom(silent(GuidanceTerm(2.0, 0.0, 0.25, conditioning=prompt(3))))
+            custom(silent(GuidanceTerm(2.0, conditioning=prompt(3, end_percent=0.25))))
 
     @pytest.mark.parametrize("on", ["model", "model_negative", "both"])
     def test_a_guider_of_two_models(self, extra, custom, prior, concept, prompt, cases, on):
@@ -579,10 +704,10 @@ class TestBadInput:
         if dual is None:
             pytest.skip("this ComfyUI has no Dual Model CFG Guider")
 
-        def run(model, negative):
+        def run(model, negative, cfg=4.0):
             guider = dual(model, negative)
             guider.set_conds(prompt(1), prompt(2))
-            guider.set_cfg(4.0)
+            guider.set_cfg(cfg)
             return custom(guider)
 
         before = run(prior, concept)
@@ -594,6 +719,8 @@ class TestBadInput:
         with pytest.raises(GuidanceError, match=rf"^GCFG Model: {said}"):
             run(model, negative)
         assert torch.equal(run(prior, concept), before)
+        if on == "model_negative":  # which it does not evaluate at cfg 1
+            assert torch.equal(run(prior, negative, 1.0), run(prior, concept, 1.0))
 
     def test_terms_of_another_family(self, load_unet, weights, stock, prior, prompt, latent):
         wrong = GuidanceTerm(2.0, model=load_unet(weights("sdxl", 0)), conditioning=prompt(1, 2048), label="xl")
@@ -632,6 +759,28 @@ class TestBadInput:
                 stock(model, prompt(1), base, latent)
         assert str(error.value).startswith(message.format(prompt="prompt" if basic else "negative prompt"))
         assert "unconditional" not in str(error.value)
+
+    @pytest.mark.parametrize("guider", ["stock", "other"])
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_samplers_positive_is_called_so(
+        self, monkeypatch, comfy, custom, other, prior, prompt, cases, guider, known
+    ):
+        """Whether its width is known before it is sampled or not."""
+        if not known:
+            monkeypatch.delitem(prior.model.model_config.unet_config, "context_dim")
+        sampler = (other if guider == "other" else lambda model: comfy.samplers.CFGGuider(model))(
+            with_terms(prior, *cases["two"])
+        )
+        sampler.set_conds(prompt(1, 2048), prompt(2))
+        with pytest.raises(
+            GuidanceError, match=r"^GCFG Model: the sampler's positive prompt is 2048 wide, expected 768 for this model"
+        ):
+            custom(sampler)
+
+    def test_the_samplers_cfg_may_be_beyond_a_terms_weight(self, stock, prior, prompt, latent):
+        idle = with_terms(prior, GuidanceTerm(0.0, conditioning=prompt(3)))
+        plain = stock(prior, prompt(1), prompt(2), latent, cfg=150.0)
+        assert torch.equal(stock(idle, prompt(1), prompt(2), latent, cfg=150.0), plain)
 
     def test_an_old_comfyui(self, monkeypatch, versions, prior, cases):
         monkeypatch.setattr(versions, "HAS_HOOKS", False)

@@ -289,6 +289,34 @@ def test_at_a_cfg_of_zero_the_negative_has_what_the_positive_brings(
 
 
 @pytest.mark.parametrize("what", ["boxes", "ControlNet"])
+@pytest.mark.parametrize("on", ["positive", "negative"])
+def test_what_the_sampler_brings_reaches_the_terms_alike_under_another_guider(
+    comfy, gcfg_model, custom_advanced, prior, prompt, latent, boxed, controlnet, what, on
+):
+    class Other(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    def brought(cond):
+        return boxed(cond) if what == "boxes" else _controlled(sys.modules["nodes"], controlnet, cond)
+
+    prompts = {"positive": prompt(1), "negative": prompt(2)}
+    prompts[on] = brought(prompts[on])
+    # A pair, which without the sampler's positive would take its name.
+    pair = GuidanceTerm(2.0, conditioning=prompt(3)), GuidanceTerm(-1.0, conditioning=prompt(4))
+
+    def run(kind, model):
+        guider = kind(model)
+        guider.set_conds(prompts["positive"], prompts["negative"])
+        guider.set_cfg(3.0)
+        return custom_advanced(guider, latent, 3)["samples"]
+
+    for terms in (pair[:1], pair):
+        model = gcfg_model(prior, *terms)
+        assert relative(run(Other, model), run(comfy.samplers.CFGGuider, model)) < 2e-5
+
+
+@pytest.mark.parametrize("what", ["boxes", "ControlNet"])
 @pytest.mark.parametrize("way", ["stock", "another guider", "Basic Guider"])
 def test_what_a_term_brings_is_not_the_samplers(
     comfy, extra, gcfg_model, custom_advanced, prior, prompt, latent, boxed, controlnet, what, way
